@@ -1,0 +1,22 @@
+/* Owns: the one worker pool. No other file but io_pread.c starts threads.
+ * One fm_parallel_for at a time per pool; the calling thread works too. */
+#ifndef FM_BASE_THREADS_H
+#define FM_BASE_THREADS_H
+
+#include <stdint.h>
+
+#include "base/status.h"
+
+typedef struct fm_pool fm_pool;
+/* Called with 0 <= task < n_tasks, any thread, any order; worker in [0, n_threads). */
+typedef void fm_task_fn(void *ctx, int64_t task, int worker);
+
+fm_status fm_pool_open(int n_threads, fm_pool **out); /* n_threads >= 1 counts the caller */
+void fm_pool_close(fm_pool *p);                       /* NULL is fine */
+int fm_pool_threads(const fm_pool *p);
+
+/* Returns when all tasks are done. Tasks are handed out one by one through an atomic counter, so
+ * make them coarse enough (>= ~5 us). n_tasks <= 1 or one thread runs inline. */
+void fm_parallel_for(fm_pool *p, int64_t n_tasks, fm_task_fn *fn, void *ctx);
+
+#endif
