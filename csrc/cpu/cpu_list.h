@@ -1,0 +1,2 @@
+/* X(name): CPU kernel variants, weakest first; a later one overlays what it implements. */
+#define FM_CPU_LIST(X) X(ref)

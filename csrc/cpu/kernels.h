@@ -1,0 +1,127 @@
+/* Owns: the table of CPU kernels, one slot per op, with contract and error bound on the slot.
+ * Table = the reference, then every supported variant overlays what it implements: no slot is ever NULL.
+ * Slots take row ranges or heads, never single dots; the caller (backend_cpu.c) hands them to threads.
+ *
+ * One rule for all: the result of a row (token) depends neither on n nor on the other rows, so a batch
+ * equals its members bit for bit. Bounds are checked in tests/test_kernels.py against float64.
+ * S = sum of |terms| of the output element; u = 2^-24. */
+#ifndef FM_CPU_KERNELS_H
+#define FM_CPU_KERNELS_H
+
+#include <stdbool.h>
+#include <stdint.h>
+
+#include "base/status.h"
+#include "cpu/cpu_list.h"
+#include "quant/quant.h"
+
+/* A weight matrix where it lies; areas may be unaligned (quant/quant.h). */
+typedef struct fm_mat {
+    fm_quant format, scale_format;
+    int32_t group;
+    int64_t n_rows, n_cols;
+    const uint8_t *codes, *scales, *biases;
+    int64_t codes_stride, scales_stride; /* bytes per row */
+} fm_mat;
+
+/* Input rows of matmul: x as given, and what act_prepare made of it in the caller's buffer. */
+typedef struct fm_act {
+    const float *x;      /* [n, n_cols] f32, rows ldx apart */
+    int64_t ldx, n_cols;
+    const int32_t *rows; /* matmul's row i is x row rows[i]; NULL: row i */
+    void *prepared;      /* act_bytes(n, n_cols) bytes, 64-byte aligned; variant's own layout */
+} fm_act;
+
+typedef struct fm_route_args {
+    int64_t n_experts, k;
+    int sigmoid;              /* score: 0 softmax over all experts, 1 sigmoid */
+    int renorm;               /* divide the k weights by their sum + eps */
+    float eps, scale;
+    int64_t n_group, topk_group; /* <= 1 group: off */
+    const float *bias;        /* [n_experts] added for the choice only; NULL: none */
+} fm_route_args;
+
+typedef struct fm_delta_args {
+    int64_t n_k_heads, n_v_heads, dk, dv;
+    const float *qkv; /* [n, 2*hk*dk + hv*dv] after conv + SiLU, rows ld_qkv apart */
+    const float *z;   /* [n, hv*dv] */
+    const float *a, *b;             /* [n, hv], rows ld_ab apart */
+    const float *A_log, *dt_bias;   /* [hv] */
+    const float *norm_w;            /* [dv] */
+    float eps;                      /* of the output norm */
+    float *y;                       /* [n, hv*dv] */
+    int64_t ld_qkv, ld_z, ld_ab, ld_y;
+} fm_delta_args;
+
+typedef struct fm_attn_args {
+    int64_t n_heads, n_kv_heads, head_dim;
+    float scale;
+    const float *q;    /* row r, head h at q + r*ld_q + h*ld_q_head */
+    const float *gate; /* the same strides; NULL: no output gate */
+    int64_t ld_q, ld_q_head;
+    float *y;          /* [n, n_heads*head_dim], rows ld_y apart */
+    int64_t ld_y;
+} fm_attn_args;
+
+typedef struct fm_kernels {
+    const char *name;
+
+    /* Bytes of fm_act.prepared for n rows; 0 is legal. prepare fills rows r0 <= r < r1 (x rows, not gathered). */
+    size_t (*act_bytes)(int64_t n, int64_t n_cols);
+    void (*act_prepare)(const fm_act *act, int64_t n, int64_t r0, int64_t r1);
+
+    /* y[i*ldy + r] = sum_c W[r,c] * x[rows[i]][c]   for 0 <= i < n, r0 <= r < r1; y must not alias x.
+     * Bound: 2^-20 * S (S over decoded weights); ref: 2^-23 * S. Threads: any, on disjoint (i, r). */
+    void (*matmul[FM_QUANT_COUNT])(const fm_mat *W, const fm_act *x, int64_t n, float *y, int64_t ldy,
+                                   int64_t r0, int64_t r1);
+    /* y[0..n_cols) = row r of W. Exact: one rounding of scale*code + bias. */
+    void (*decode_row[FM_QUANT_COUNT])(const fm_mat *W, int64_t r, float *y);
+
+    /* y[c] = x[c] / sqrt(mean(x^2) + eps) * w[c]; y may be x. Bound: 8u * |y|. */
+    void (*rmsnorm)(const float *x, const float *w, float eps, float *y, int64_t n_cols);
+    /* y[c] = silu(gate[c]) * up[c]; y may be gate or up. Bound: 16u * |y| + denormals. */
+    void (*swiglu)(const float *gate, const float *up, float *y, int64_t n);
+    /* y[c] += a * x[c] */
+    void (*axpy)(float a, const float *x, float *y, int64_t n);
+
+    /* In place on one head: pairs (i, i + rot/2), angle pos * inv_freq[i], i < rot/2.
+     * cs = cos, sin of the angles: [rot/2] each, made once per row by the caller. Bound: 4u * (|x_i| + |x_j|). */
+    void (*rope)(float *x, const float *cs_cos, const float *cs_sin, int64_t rot);
+
+    /* One row, one KV head: the n_heads/n_kv_heads query heads that read it.
+     * K, V [n_pos, head_dim] f32 contiguous; softmax over n_pos with max subtraction; then * sigmoid(gate).
+     * Bound: 2^-18 * max|v| per element. */
+    void (*attend)(const fm_attn_args *a, int64_t row, int64_t kv_head, const float *K, const float *V,
+                   int64_t n_pos);
+
+    /* Causal depthwise convolution + SiLU over channels c0 <= c < c1 of one sequence's n rows.
+     * m [n, n_ch] rows ldm apart; w [n_ch, kern], tap kern-1 = current row; hist_in [kern-1, n_ch] raw rows, oldest
+     * first; hist_out the same after the n rows (may not alias hist_in). y [n, n_ch] rows ldy apart, not m. */
+    void (*conv_silu)(const float *m, int64_t ldm, const float *w, int64_t kern, const float *hist_in,
+                      float *hist_out, float *y, int64_t ldy, int64_t n, int64_t n_ch, int64_t c0, int64_t c1);
+
+    /* Gated DeltaNet for value head h of one sequence's rows 0 <= t < n: l2-norm of q and k, gates, recurrence,
+     * output norm, silu(z). S_in, S_out [dk, dv] f32 of this head; must not alias; n >= 1.
+     * scratch: delta_scratch floats. Source: docs of the formulas in tests/oracle/attention.py. */
+    int64_t (*delta_scratch)(const fm_delta_args *a, int64_t n);
+    void (*delta)(const fm_delta_args *a, int64_t h, int64_t n, const float *S_in, float *S_out, float *scratch);
+
+    /* ids[0..k) and weights of one row: by falling choice score, equal scores by rising id.
+     * logits [n_experts]; scratch [n_experts] floats. */
+    void (*route)(const fm_route_args *a, const float *logits, int32_t *ids, float *weights, float *scratch);
+} fm_kernels;
+
+/* The table for this process: FLASHMOE_CPU's variant, or the best supported. FM_ERR_ARG for a variant that is
+ * unknown or not supported here. Filled once; the pointer is good for ever. */
+fm_status fm_kernels_get(const fm_kernels **out);
+/* A given variant's table (tests). Same errors. */
+fm_status fm_kernels_variant(const char *name, fm_kernels *out);
+/* Names, weakest first; NULL past the end. supported tells whether CPU and OS can run it. */
+const char *fm_kernels_name(int i);
+bool fm_kernels_supported(int i);
+
+/* Matrix view from areas; strides follow from the format. */
+fm_mat fm_mat_make(fm_quant format, int32_t group, fm_quant scale_format, int64_t n_rows, int64_t n_cols,
+                   const void *codes, const void *scales, const void *biases);
+
+#endif
