@@ -1,0 +1,538 @@
+/* Owns: the backend vtable over cpu/kernels and base/threads. Every op runs at once and returns when done.
+ * Splits work into row ranges or heads; which thread does which never changes a result. */
+#include <math.h>
+#include <string.h>
+
+#include "backend/backend_impl.h"
+#include "base/mem.h"
+
+typedef struct cpu_backend {
+    fm_backend base;
+    const fm_kernels *k;
+    fm_pool *pool;
+    void *act; /* grows to the largest input seen; sized by the planning pass, see reserve() */
+    size_t act_bytes;
+    float *temp;
+    size_t temp_bytes;
+} cpu_backend;
+
+enum { TASK_BYTES = 64 << 10 }; /* weights per task: coarse enough to hand out, fine enough to share */
+
+static fm_status reserve(void **p, size_t *have, size_t want)
+{
+    if (want <= *have)
+        return FM_OK;
+    void *bigger;
+    FM_TRY(fm_alloc(want, &bigger));
+    fm_free(*p);
+    *p = bigger;
+    *have = want;
+    return FM_OK;
+}
+
+static void cpu_close(fm_backend *b)
+{
+    cpu_backend *c = (cpu_backend *)b;
+    fm_free(c->act);
+    fm_free(c->temp);
+    fm_free(c);
+}
+
+static fm_caps cpu_caps(const fm_backend *b)
+{
+    (void)b;
+    const fm_caps caps = {.unified_memory = true};
+    return caps;
+}
+
+static fm_status cpu_alloc(fm_backend *b, size_t bytes, fm_usage usage, void **out)
+{
+    (void)b;
+    return fm_region_alloc(bytes, usage == FM_USAGE_WEIGHTS || usage == FM_USAGE_SLOTS, out);
+}
+
+static void cpu_free(fm_backend *b, void *p, size_t bytes, fm_usage usage)
+{
+    (void)b;
+    (void)usage;
+    fm_region_free(p, bytes);
+}
+
+static fm_status cpu_begin(fm_backend *b)
+{
+    (void)b;
+    return FM_OK;
+}
+
+static void cpu_flush(fm_backend *b) { (void)b; }
+
+static fm_status cpu_sync(fm_backend *b)
+{
+    (void)b;
+    return FM_OK;
+}
+
+/* ---- embed, norms, element-wise ---------------------------------------------------------------- */
+
+static fm_status cpu_embed(fm_backend *b, const fm_mat *W, const int32_t *ids, int64_t n, float *y, int64_t ldy)
+{
+    const cpu_backend *c = (const cpu_backend *)b;
+    for (int64_t i = 0; i < n; i++)
+        c->k->decode_row[W->format](W, ids[i], y + i * ldy);
+    return FM_OK;
+}
+
+typedef struct norm_ctx {
+    const fm_kernels *k;
+    const float *x, *w;
+    float *y, eps;
+    int64_t ldx, ldy, n, n_cols, rows_per_task;
+} norm_ctx;
+
+static void norm_task(void *p, int64_t task, int worker)
+{
+    (void)worker;
+    const norm_ctx *a = p;
+    const int64_t r0 = task * a->rows_per_task, r1 = r0 + a->rows_per_task < a->n ? r0 + a->rows_per_task : a->n;
+    for (int64_t r = r0; r < r1; r++)
+        a->k->rmsnorm(a->x + r * a->ldx, a->w, a->eps, a->y + r * a->ldy, a->n_cols);
+}
+
+static int64_t rows_per_task(int64_t row_bytes)
+{
+    const int64_t rows = TASK_BYTES / (row_bytes > 0 ? row_bytes : 1);
+    return rows < 1 ? 1 : rows;
+}
+
+static fm_status cpu_rmsnorm(fm_backend *b, const float *x, int64_t ldx, const float *w, float eps, float *y,
+                             int64_t ldy, int64_t n, int64_t n_cols)
+{
+    const cpu_backend *c = (const cpu_backend *)b;
+    norm_ctx a = {c->k, x, w, y, eps, ldx, ldy, n, n_cols, rows_per_task(n_cols * 4)};
+    fm_parallel_for(c->pool, (n + a.rows_per_task - 1) / a.rows_per_task, norm_task, &a);
+    return FM_OK;
+}
+
+static fm_status cpu_clip(fm_backend *b, float *x, int64_t n, float limit)
+{
+    (void)b;
+    for (int64_t i = 0; i < n; i++)
+        x[i] = fminf(fmaxf(x[i], -limit), limit);
+    return FM_OK;
+}
+
+enum { ELEMENTS_PER_TASK = 16 << 10 };
+
+typedef struct swiglu_ctx {
+    const fm_kernels *k;
+    const float *gate, *up;
+    float *y;
+    int64_t n;
+} swiglu_ctx;
+
+static void swiglu_task(void *p, int64_t task, int worker)
+{
+    (void)worker;
+    const swiglu_ctx *a = p;
+    const int64_t i0 = task * ELEMENTS_PER_TASK;
+    const int64_t n = a->n - i0 < ELEMENTS_PER_TASK ? a->n - i0 : ELEMENTS_PER_TASK;
+    a->k->swiglu(a->gate + i0, a->up + i0, a->y + i0, n);
+}
+
+static fm_status cpu_swiglu(fm_backend *b, const float *gate, const float *up, float *y, int64_t n)
+{
+    const cpu_backend *c = (const cpu_backend *)b;
+    swiglu_ctx a = {c->k, gate, up, y, n};
+    fm_parallel_for(c->pool, (n + ELEMENTS_PER_TASK - 1) / ELEMENTS_PER_TASK, swiglu_task, &a);
+    return FM_OK;
+}
+
+static fm_status cpu_add_gated(fm_backend *b, const float *x, const float *gate, float *y, int64_t n, int64_t n_cols)
+{
+    const cpu_backend *c = (const cpu_backend *)b;
+    for (int64_t r = 0; r < n; r++) {
+        const float f = gate ? 1 / (1 + expf(-gate[r])) : 1;
+        c->k->axpy(f, x + r * n_cols, y + r * n_cols, n_cols);
+    }
+    return FM_OK;
+}
+
+static fm_status cpu_find_nonfinite(fm_backend *b, const float *x, int64_t n, int64_t n_cols, int64_t *row)
+{
+    (void)b;
+    *row = -1;
+    for (int64_t r = 0; r < n; r++) {
+        uint32_t worst = 0; /* exponent bits all ones <=> NaN or infinity */
+        for (int64_t i = 0; i < n_cols; i++) {
+            uint32_t bits;
+            memcpy(&bits, &x[r * n_cols + i], 4);
+            bits &= 0x7f800000u;
+            worst = bits > worst ? bits : worst;
+        }
+        if (worst == 0x7f800000u) {
+            *row = r;
+            break;
+        }
+    }
+    return FM_OK;
+}
+
+/* ---- matmul ------------------------------------------------------------------------------------- */
+
+typedef struct prepare_ctx {
+    const fm_kernels *k;
+    const fm_act *act;
+    int64_t n, rows_per_task;
+} prepare_ctx;
+
+static void prepare_task(void *p, int64_t task, int worker)
+{
+    (void)worker;
+    const prepare_ctx *a = p;
+    const int64_t r0 = task * a->rows_per_task, r1 = r0 + a->rows_per_task < a->n ? r0 + a->rows_per_task : a->n;
+    a->k->act_prepare(a->act, a->n, r0, r1);
+}
+
+static fm_status prepare(cpu_backend *c, fm_act *act, int64_t n)
+{
+    const size_t bytes = c->k->act_bytes(n, act->n_cols);
+    if (bytes == 0)
+        return FM_OK;
+    FM_TRY(reserve(&c->act, &c->act_bytes, bytes));
+    act->prepared = c->act;
+    prepare_ctx a = {c->k, act, n, rows_per_task(act->n_cols * 4)};
+    fm_parallel_for(c->pool, (n + a.rows_per_task - 1) / a.rows_per_task, prepare_task, &a);
+    return FM_OK;
+}
+
+static int64_t mat_row_bytes(const fm_mat *W) { return W->codes_stride + 2 * W->scales_stride; }
+
+/* Weight rows per task: by bytes, but at least 16 rows and never so few tasks that threads idle. */
+static int64_t mat_block(const fm_mat *W, int n_threads)
+{
+    int64_t rows = rows_per_task(mat_row_bytes(W));
+    const int64_t fair = (W->n_rows + 4 * n_threads - 1) / (4 * n_threads);
+    rows = rows < fair ? rows : fair;
+    return (rows < 16 ? 16 : rows + 15) / 16 * 16;
+}
+
+typedef struct matmul_ctx {
+    const fm_kernels *k;
+    const fm_act *act;
+    const fm_matmul_item *items;
+    const int64_t *first_task; /* [n_items + 1] */
+    const int64_t *block;
+    int n_items;
+    int64_t n;
+    float *temp; /* [n, widest adding item] for y += */
+} matmul_ctx;
+
+static void matmul_task(void *p, int64_t task, int worker)
+{
+    (void)worker;
+    const matmul_ctx *a = p;
+    int i = 0;
+    while (task >= a->first_task[i + 1])
+        i++;
+    const fm_matmul_item *it = &a->items[i];
+    const int64_t r0 = (task - a->first_task[i]) * a->block[i];
+    const int64_t r1 = r0 + a->block[i] < it->W->n_rows ? r0 + a->block[i] : it->W->n_rows;
+    float *y = it->add ? a->temp : it->y;
+    const int64_t ldy = it->add ? it->W->n_rows : it->ldy;
+    a->k->matmul[it->W->format](it->W, a->act, a->n, y, ldy, r0, r1);
+    for (int64_t t = 0; t < a->n && (it->add || it->bias); t++)
+        for (int64_t r = r0; r < r1; r++) {
+            const float v = y[t * ldy + r] + (it->bias ? it->bias[r] : 0);
+            it->y[t * it->ldy + r] = it->add ? it->y[t * it->ldy + r] + v : v;
+        }
+}
+
+enum { MAX_ITEMS = 16 };
+
+static fm_status cpu_matmul(fm_backend *b, const float *x, int64_t ldx, int64_t n, const fm_matmul_item *items,
+                            int n_items)
+{
+    cpu_backend *c = (cpu_backend *)b;
+    if (n_items > MAX_ITEMS)
+        return fm_fail(FM_ERR_ARG, "matmul: %d matrices in one call, at most %d", n_items, MAX_ITEMS);
+    fm_act act = {.x = x, .ldx = ldx, .n_cols = items[0].W->n_cols};
+    FM_TRY(prepare(c, &act, n));
+    int64_t first[MAX_ITEMS + 1] = {0}, block[MAX_ITEMS];
+    for (int i = 0; i < n_items; i++) {
+        block[i] = mat_block(items[i].W, fm_pool_threads(c->pool));
+        first[i + 1] = first[i] + (items[i].W->n_rows + block[i] - 1) / block[i];
+        if (items[i].add && n_items > 1)
+            return fm_fail(FM_ERR_ARG, "matmul: an adding matrix must be alone in its call");
+        if (items[i].add)
+            FM_TRY(reserve((void **)&c->temp, &c->temp_bytes, (size_t)(n * items[i].W->n_rows) * sizeof(float)));
+    }
+    matmul_ctx a = {c->k, &act, items, first, block, n_items, n, c->temp};
+    fm_parallel_for(c->pool, first[n_items], matmul_task, &a);
+    return FM_OK;
+}
+
+/* ---- attention and delta net --------------------------------------------------------------------- */
+
+static void rope_row(const fm_kernels *k, const fm_rope_args *a, int64_t row, int64_t pos)
+{
+    enum { MAX_HALF = 4096 };
+    float cs_cos[MAX_HALF], cs_sin[MAX_HALF];
+    for (int64_t i = 0; i < a->rot / 2; i++) {
+        const double angle = (double)pos * a->inv_freq[i];
+        cs_cos[i] = (float)cos(angle);
+        cs_sin[i] = (float)sin(angle);
+    }
+    for (int64_t h = 0; h < a->n_heads; h++)
+        k->rope(a->x + row * a->ld + h * a->ld_head, cs_cos, cs_sin, a->rot);
+}
+
+static fm_status cpu_rope(fm_backend *b, const fm_rope_args *a)
+{
+    const cpu_backend *c = (const cpu_backend *)b;
+    if (a->rot / 2 > 4096)
+        return fm_fail(FM_ERR_UNSUPPORTED, "rope: rotary_dim %lld, at most 8192", (long long)a->rot);
+    for (int s = 0; s < a->n_spans; s++)
+        for (int64_t t = 0; t < a->spans[s].n; t++)
+            rope_row(c->k, a, a->spans[s].row0 + t, a->spans[s].pos0 + t);
+    return FM_OK;
+}
+
+typedef struct attend_ctx {
+    const fm_kernels *k;
+    const fm_attention_args *a;
+    int span;
+} attend_ctx;
+
+static void attend_task(void *p, int64_t task, int worker)
+{
+    (void)worker;
+    const attend_ctx *c = p;
+    const fm_attn_args *a = &c->a->a;
+    const fm_span *s = &c->a->spans[c->span];
+    const fm_kv *kv = &c->a->kv[c->span];
+    const int64_t t = task / a->n_kv_heads, g = task % a->n_kv_heads, head = kv->capacity * a->head_dim;
+    c->k->attend(a, s->row0 + t, g, kv->k + g * head, kv->v + g * head, s->pos0 + t + 1);
+}
+
+static fm_status cpu_attention(fm_backend *b, const fm_attention_args *a)
+{
+    const cpu_backend *c = (const cpu_backend *)b;
+    const int64_t hd = a->a.head_dim, nkv = a->a.n_kv_heads;
+    for (int s = 0; s < a->n_spans; s++) {
+        const fm_span *sp = &a->spans[s];
+        for (int64_t t = 0; t < sp->n; t++)
+            for (int64_t g = 0; g < nkv; g++) {
+                const int64_t to = (g * a->kv[s].capacity + sp->pos0 + t) * hd;
+                const int64_t from = (sp->row0 + t) * a->ld_kv + g * hd;
+                memcpy(a->kv[s].k + to, a->k + from, (size_t)hd * sizeof(float));
+                memcpy(a->kv[s].v + to, a->v + from, (size_t)hd * sizeof(float));
+            }
+        attend_ctx x = {c->k, a, s};
+        fm_parallel_for(c->pool, sp->n * nkv, attend_task, &x);
+    }
+    return FM_OK;
+}
+
+enum { CONV_CHANNELS = 256 };
+
+typedef struct conv_ctx {
+    const fm_kernels *k;
+    const fm_conv_args *a;
+    int span;
+} conv_ctx;
+
+static void conv_task(void *p, int64_t task, int worker)
+{
+    (void)worker;
+    const conv_ctx *c = p;
+    const fm_conv_args *a = c->a;
+    const fm_span *s = &a->spans[c->span];
+    const int64_t c0 = task * CONV_CHANNELS, c1 = c0 + CONV_CHANNELS < a->n_ch ? c0 + CONV_CHANNELS : a->n_ch;
+    c->k->conv_silu(a->m + s->row0 * a->ldm, a->ldm, a->w, a->kern, a->hist_in[c->span], a->hist_out[c->span],
+                    a->y + s->row0 * a->ldy, a->ldy, s->n, a->n_ch, c0, c1);
+}
+
+static fm_status cpu_conv(fm_backend *b, const fm_conv_args *a)
+{
+    const cpu_backend *c = (const cpu_backend *)b;
+    for (int s = 0; s < a->n_spans; s++) {
+        conv_ctx x = {c->k, a, s};
+        fm_parallel_for(c->pool, (a->n_ch + CONV_CHANNELS - 1) / CONV_CHANNELS, conv_task, &x);
+    }
+    return FM_OK;
+}
+
+typedef struct delta_ctx {
+    const fm_kernels *k;
+    const fm_delta_batch *a;
+    float *scratch;
+    int64_t per_worker;
+    int span;
+} delta_ctx;
+
+static void delta_task(void *p, int64_t h, int worker)
+{
+    const delta_ctx *c = p;
+    const fm_span *s = &c->a->spans[c->span];
+    fm_delta_args a = c->a->a;
+    a.qkv += s->row0 * a.ld_qkv;
+    a.z += s->row0 * a.ld_z;
+    a.a += s->row0 * a.ld_ab;
+    a.b += s->row0 * a.ld_ab;
+    a.y += s->row0 * a.ld_y;
+    const int64_t head = a.dk * a.dv;
+    c->k->delta(&a, h, s->n, c->a->S_in[c->span] + h * head, c->a->S_out[c->span] + h * head,
+                c->scratch + worker * c->per_worker);
+}
+
+static fm_status cpu_delta(fm_backend *b, const fm_delta_batch *a)
+{
+    cpu_backend *c = (cpu_backend *)b;
+    for (int s = 0; s < a->n_spans; s++) {
+        const int64_t need = c->k->delta_scratch(&a->a, a->spans[s].n);
+        const int64_t per = (need + 15) / 16 * 16;
+        FM_TRY(reserve((void **)&c->temp, &c->temp_bytes,
+                       (size_t)(per * fm_pool_threads(c->pool)) * sizeof(float)));
+        delta_ctx x = {c->k, a, c->temp, per, s};
+        fm_parallel_for(c->pool, a->a.n_v_heads, delta_task, &x);
+    }
+    return FM_OK;
+}
+
+/* ---- mixture of experts --------------------------------------------------------------------------- */
+
+static fm_status cpu_route(fm_backend *b, const fm_route_args *a, const float *logits, int64_t n, int32_t *ids,
+                           float *weights)
+{
+    cpu_backend *c = (cpu_backend *)b;
+    FM_TRY(reserve((void **)&c->temp, &c->temp_bytes, (size_t)a->n_experts * sizeof(float)));
+    for (int64_t r = 0; r < n; r++)
+        c->k->route(a, logits + r * a->n_experts, ids + r * a->k, weights + r * a->k, c->temp);
+    return FM_OK;
+}
+
+typedef struct experts_ctx {
+    const fm_kernels *k;
+    const fm_expert_args *a;
+    const fm_act *act;   /* of x, then of the hidden rows */
+    int64_t block, tasks_per_job;
+    bool down;
+} experts_ctx;
+
+static void experts_task(void *p, int64_t task, int worker)
+{
+    (void)worker;
+    const experts_ctx *c = p;
+    const fm_expert_job *job = &c->a->jobs[task / c->tasks_per_job];
+    const fm_mat *W = c->down ? &job->down : &job->gate;
+    const int64_t r0 = task % c->tasks_per_job * c->block, width = job->gate.n_rows;
+    const int64_t r1 = r0 + c->block < W->n_rows ? r0 + c->block : W->n_rows;
+    if (c->down) {
+        fm_act act = *c->act; /* hidden rows lie in job order: no gather */
+        int32_t rows[64];
+        for (int64_t i0 = 0; i0 < job->n; i0 += FM_COUNT(rows)) {
+            const int64_t n = job->n - i0 < FM_COUNT(rows) ? job->n - i0 : FM_COUNT(rows);
+            for (int64_t i = 0; i < n; i++)
+                rows[i] = (int32_t)(job->out0 + i0 + i);
+            act.rows = rows;
+            c->k->matmul[W->format](W, &act, n, c->a->out + (job->out0 + i0) * W->n_rows, W->n_rows, r0, r1);
+        }
+        return;
+    }
+    fm_act act = *c->act;
+    act.rows = job->rows;
+    float *g = c->a->gate + job->out0 * width, *u = c->a->up + job->out0 * width;
+    c->k->matmul[job->gate.format](&job->gate, &act, job->n, g, width, r0, r1);
+    c->k->matmul[job->up.format](&job->up, &act, job->n, u, width, r0, r1);
+    for (int64_t i = 0; i < job->n; i++)
+        c->k->swiglu(g + i * width + r0, u + i * width + r0, g + i * width + r0, r1 - r0);
+}
+
+static void experts_phase(cpu_backend *c, const fm_expert_args *a, const fm_act *act, bool down)
+{
+    const fm_mat *W = down ? &a->jobs[0].down : &a->jobs[0].gate;
+    experts_ctx x = {c->k, a, act, mat_block(W, fm_pool_threads(c->pool)), 0, down};
+    x.tasks_per_job = (W->n_rows + x.block - 1) / x.block;
+    fm_parallel_for(c->pool, a->n_jobs * x.tasks_per_job, experts_task, &x);
+}
+
+static fm_status cpu_experts(fm_backend *b, const fm_expert_args *a)
+{
+    cpu_backend *c = (cpu_backend *)b;
+    if (a->n_jobs == 0)
+        return FM_OK;
+    const int64_t hidden = a->jobs[0].gate.n_cols, width = a->jobs[0].gate.n_rows;
+    fm_act act = {.x = a->x, .ldx = hidden, .n_cols = hidden};
+    FM_TRY(prepare(c, &act, a->n_x));
+    experts_phase(c, a, &act, false);
+    int64_t last = 0;
+    for (int j = 0; j < a->n_jobs; j++)
+        last = a->jobs[j].out0 + a->jobs[j].n > last ? a->jobs[j].out0 + a->jobs[j].n : last;
+    fm_act hidden_act = {.x = a->gate, .ldx = width, .n_cols = width};
+    FM_TRY(prepare(c, &hidden_act, last));
+    experts_phase(c, a, &hidden_act, true);
+    return FM_OK;
+}
+
+typedef struct combine_ctx {
+    const fm_kernels *k;
+    const fm_combine_args *a;
+} combine_ctx;
+
+static void combine_task(void *p, int64_t r, int worker)
+{
+    (void)worker;
+    const combine_ctx *c = p;
+    const fm_combine_args *a = c->a;
+    for (int32_t e = a->start[r]; e < a->start[r + 1]; e++)
+        c->k->axpy(a->weight[e], a->part + a->index[e] * a->hidden, a->y + r * a->hidden, a->hidden);
+}
+
+static fm_status cpu_combine(fm_backend *b, const fm_combine_args *a)
+{
+    const cpu_backend *c = (const cpu_backend *)b;
+    combine_ctx x = {c->k, a};
+    fm_parallel_for(c->pool, a->n, combine_task, &x);
+    return FM_OK;
+}
+
+static const fm_backend_vtable cpu_vtable = {
+    .version = FM_BACKEND_VERSION,
+    .name = "cpu",
+    .close = cpu_close,
+    .caps = cpu_caps,
+    .alloc = cpu_alloc,
+    .free = cpu_free,
+    .begin = cpu_begin,
+    .flush = cpu_flush,
+    .sync = cpu_sync,
+    .embed = cpu_embed,
+    .rmsnorm = cpu_rmsnorm,
+    .matmul = cpu_matmul,
+    .clip = cpu_clip,
+    .rope = cpu_rope,
+    .attention = cpu_attention,
+    .conv = cpu_conv,
+    .delta = cpu_delta,
+    .swiglu = cpu_swiglu,
+    .route = cpu_route,
+    .experts = cpu_experts,
+    .combine = cpu_combine,
+    .add_gated = cpu_add_gated,
+    .find_nonfinite = cpu_find_nonfinite,
+};
+
+fm_status fm_backend_open_cpu(const fm_backend_opts *opts, fm_backend **out)
+{
+    *out = NULL;
+    const fm_kernels *k;
+    FM_TRY(fm_kernels_get(&k));
+    void *p;
+    FM_TRY(fm_alloc(sizeof(cpu_backend), &p));
+    cpu_backend *c = p;
+    c->base.v = &cpu_vtable;
+    c->k = k;
+    c->pool = opts->pool;
+    *out = &c->base;
+    return FM_OK;
+}
