@@ -21,6 +21,10 @@ static inline size_t fm_round_up(size_t n, size_t align) { return (n + align - 1
 fm_status fm_alloc(size_t bytes, void **out);
 void fm_free(void *p); /* NULL is fine */
 
+/* Allocations (fm_alloc and fm_region_alloc) of this process so far: "decode allocates nothing" is
+ * two equal readings. */
+int64_t fm_mem_n_allocs(void);
+
 /* Page-aligned zero memory straight from the OS (mmap), committed on first touch. Huge pages are
  * advised when huge is true. fm_region_drop gives the pages of a range back but keeps the addresses. */
 fm_status fm_region_alloc(size_t bytes, bool huge, void **out);
@@ -34,7 +38,8 @@ typedef struct fm_arena {
 
 /* Measuring pass: an arena with base NULL only counts; the second pass hands out memory. */
 fm_status fm_arena_open(fm_arena *a, size_t bytes);
-void *fm_arena_take(fm_arena *a, size_t bytes); /* 64-byte aligned; asserts that it fits */
+/* 64-byte aligned zero memory; asserts that it fits. NULL while measuring: read a->used at the end. */
+void *fm_arena_take(fm_arena *a, size_t bytes);
 void fm_arena_close(fm_arena *a);
 
 #endif

@@ -1,0 +1,259 @@
+/* Owns: the worker pool. A worker joins a job by one compare-and-swap on `gate` while the job is open;
+ * the caller closes the gate once the tasks are handed out and waits only for those who joined, so a
+ * worker that wakes late (busy machine, forked child without workers) never delays or breaks a job. */
+#include "base/threads.h"
+
+#include <assert.h>
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+
+#include "base/clock.h"
+#include "base/mem.h"
+
+enum {
+    SPIN_NS = 30000, /* how long an idle worker burns its CPU before it parks */
+    STACK_BYTES = 2 << 20,
+    MAX_THREADS = 1024,
+};
+
+/* gate = job number << 32 | open << 31 | workers inside */
+#define GATE_OPEN (UINT64_C(1) << 31)
+#define GATE_INSIDE (GATE_OPEN - 1)
+#define GATE_JOB(gate) ((gate) >> 32)
+
+typedef struct worker {
+    struct fm_pool *pool;
+    pthread_t thread;
+    int index; /* 1 .. n_threads-1; 0 is the caller */
+} worker;
+
+struct fm_pool {
+    /* written by the caller before the gate opens, read by those who joined */
+    fm_task_fn *fn;
+    void *ctx;
+    int64_t n_tasks;
+    int n_threads;
+    int64_t spin_ns;
+    int fork_id;
+    worker *workers;
+    pthread_mutex_t lock;
+    pthread_cond_t wake, idle;
+    atomic_bool busy, stop;
+    _Alignas(FM_CACHE_LINE) atomic_uint_fast64_t gate;
+    _Alignas(FM_CACHE_LINE) atomic_int_fast64_t next_task;
+    _Alignas(FM_CACHE_LINE) atomic_int n_parked;
+    atomic_bool caller_parked;
+};
+
+/* Threads do not survive fork: a pool knows by this number that it lost its workers. */
+static atomic_int fork_id;
+static pthread_once_t fork_once = PTHREAD_ONCE_INIT;
+static void count_fork(void) { atomic_fetch_add(&fork_id, 1); }
+static void watch_forks(void) { (void)pthread_atfork(NULL, NULL, count_fork); }
+
+static inline void cpu_relax(void)
+{
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+static void run_tasks(fm_pool *p, int index)
+{
+    fm_task_fn *const fn = p->fn;
+    void *const ctx = p->ctx;
+    const int64_t n = p->n_tasks;
+    int64_t task;
+    while ((task = atomic_fetch_add_explicit(&p->next_task, 1, memory_order_relaxed)) < n)
+        fn(ctx, task, index);
+}
+
+static bool join_job(fm_pool *p, uint64_t last_job, uint64_t *job)
+{
+    uint64_t gate = atomic_load(&p->gate);
+    while ((gate & GATE_OPEN) != 0 && GATE_JOB(gate) != last_job) {
+        if (atomic_compare_exchange_weak(&p->gate, &gate, gate + 1)) {
+            *job = GATE_JOB(gate);
+            return true;
+        }
+    }
+    return false;
+}
+
+static void leave_job(fm_pool *p)
+{
+    const uint64_t gate = atomic_fetch_sub(&p->gate, 1) - 1;
+    if ((gate & (GATE_OPEN | GATE_INSIDE)) == 0 && atomic_load(&p->caller_parked)) {
+        pthread_mutex_lock(&p->lock);
+        pthread_cond_signal(&p->idle);
+        pthread_mutex_unlock(&p->lock);
+    }
+}
+
+static void park_worker(fm_pool *p, uint64_t last_job)
+{
+    pthread_mutex_lock(&p->lock);
+    /* Announce first, look again after: the caller opens the gate first and counts the parked after. */
+    atomic_fetch_add(&p->n_parked, 1);
+    for (;;) {
+        const uint64_t gate = atomic_load(&p->gate);
+        if (atomic_load(&p->stop) || ((gate & GATE_OPEN) != 0 && GATE_JOB(gate) != last_job))
+            break;
+        pthread_cond_wait(&p->wake, &p->lock);
+    }
+    atomic_fetch_sub(&p->n_parked, 1);
+    pthread_mutex_unlock(&p->lock);
+}
+
+static void *worker_main(void *arg)
+{
+    const worker *const w = arg;
+    fm_pool *const p = w->pool;
+    uint64_t last_job = 0;
+    while (!atomic_load(&p->stop)) {
+        const int64_t start = p->spin_ns > 0 ? fm_clock_ns() : 0;
+        bool joined = join_job(p, last_job, &last_job);
+        while (!joined && p->spin_ns > 0 && fm_clock_ns() - start < p->spin_ns) {
+            for (int i = 0; i < 16; i++)
+                cpu_relax();
+            joined = join_job(p, last_job, &last_job);
+        }
+        if (joined) {
+            run_tasks(p, w->index);
+            leave_job(p);
+        } else {
+            park_worker(p, last_job);
+        }
+    }
+    return NULL;
+}
+
+static int start_workers(fm_pool *p)
+{
+    pthread_attr_t attr;
+    sigset_t all, before;
+    int rc = 0, n = 1;
+    pthread_attr_init(&attr);
+    pthread_attr_setstacksize(&attr, STACK_BYTES);
+    /* Signals belong to the program's own threads (Ctrl-C must reach Python's). */
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    for (; n < p->n_threads && rc == 0; n += rc == 0) {
+        p->workers[n] = (worker){ .pool = p, .index = n };
+        rc = pthread_create(&p->workers[n].thread, &attr, worker_main, &p->workers[n]);
+    }
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    pthread_attr_destroy(&attr);
+    p->n_threads = n; /* on failure: only those that run are joined */
+    return rc;
+}
+
+fm_status fm_pool_open(int n_threads, fm_pool **out)
+{
+    void *memory = NULL;
+    *out = NULL;
+    if (n_threads < 1 || n_threads > MAX_THREADS)
+        return fm_fail(FM_ERR_ARG, "threads: %d asked, 1 to %d are possible", n_threads,
+                       MAX_THREADS);
+    FM_TRY(fm_alloc(sizeof(fm_pool), &memory));
+    fm_pool *const p = memory;
+    if (fm_alloc((size_t)n_threads * sizeof(worker), &memory) != FM_OK) {
+        fm_free(p);
+        return FM_ERR_NOMEM;
+    }
+    pthread_once(&fork_once, watch_forks);
+    p->workers = memory;
+    p->n_threads = n_threads;
+    p->fork_id = atomic_load(&fork_id);
+    /* With more threads than CPUs a spinning worker would only hold up one that has work. */
+    p->spin_ns = n_threads <= fm_cpu_count() ? SPIN_NS : 0;
+    pthread_mutex_init(&p->lock, NULL);
+    pthread_cond_init(&p->wake, NULL);
+    pthread_cond_init(&p->idle, NULL);
+    if (start_workers(p) != 0) {
+        const int n_started = p->n_threads;
+        fm_pool_close(p);
+        return fm_fail(FM_ERR_NOMEM, "threads: the system gave %d of %d", n_started, n_threads);
+    }
+    *out = p;
+    return FM_OK;
+}
+
+void fm_pool_close(fm_pool *p)
+{
+    if (p == NULL)
+        return;
+    if (p->fork_id == atomic_load(&fork_id)) {
+        pthread_mutex_lock(&p->lock);
+        atomic_store(&p->stop, true);
+        pthread_cond_broadcast(&p->wake);
+        pthread_mutex_unlock(&p->lock);
+        for (int i = 1; i < p->n_threads; i++)
+            pthread_join(p->workers[i].thread, NULL);
+        pthread_cond_destroy(&p->idle);
+        pthread_cond_destroy(&p->wake);
+        pthread_mutex_destroy(&p->lock);
+    }
+    fm_free(p->workers);
+    fm_free(p);
+}
+
+int fm_pool_threads(const fm_pool *p) { return p->n_threads; }
+
+static void open_gate(fm_pool *p, int64_t n_tasks, uint64_t job)
+{
+    atomic_store(&p->gate, job << 32 | GATE_OPEN);
+    const int64_t n_parked = atomic_load(&p->n_parked);
+    if (n_parked == 0)
+        return;
+    pthread_mutex_lock(&p->lock);
+    if (n_tasks - 1 >= n_parked)
+        pthread_cond_broadcast(&p->wake);
+    else
+        for (int64_t i = 1; i < n_tasks; i++)
+            pthread_cond_signal(&p->wake);
+    pthread_mutex_unlock(&p->lock);
+}
+
+static void close_gate(fm_pool *p)
+{
+    uint64_t inside = atomic_fetch_and(&p->gate, ~GATE_OPEN) & GATE_INSIDE;
+    const int64_t start = inside != 0 && p->spin_ns > 0 ? fm_clock_ns() : 0;
+    while (inside != 0 && p->spin_ns > 0 && fm_clock_ns() - start < p->spin_ns) {
+        for (int i = 0; i < 16; i++)
+            cpu_relax();
+        inside = atomic_load(&p->gate) & GATE_INSIDE;
+    }
+    if (inside == 0)
+        return;
+    pthread_mutex_lock(&p->lock);
+    atomic_store(&p->caller_parked, true);
+    while ((atomic_load(&p->gate) & GATE_INSIDE) != 0)
+        pthread_cond_wait(&p->idle, &p->lock);
+    atomic_store(&p->caller_parked, false);
+    pthread_mutex_unlock(&p->lock);
+}
+
+void fm_parallel_for(fm_pool *p, int64_t n_tasks, fm_task_fn *fn, void *ctx)
+{
+    if (n_tasks <= 1 || p->n_threads == 1 || p->fork_id != atomic_load(&fork_id)) {
+        for (int64_t i = 0; i < n_tasks; i++)
+            fn(ctx, i, 0);
+        return;
+    }
+    const bool was_busy = atomic_exchange(&p->busy, true);
+    assert(!was_busy && "one fm_parallel_for at a time per pool");
+    (void)was_busy;
+    p->fn = fn;
+    p->ctx = ctx;
+    p->n_tasks = n_tasks;
+    atomic_store_explicit(&p->next_task, 0, memory_order_relaxed);
+    open_gate(p, n_tasks, (GATE_JOB(atomic_load(&p->gate)) + 1) & UINT32_MAX);
+    run_tasks(p, 0);
+    close_gate(p);
+    atomic_store(&p->busy, false);
+}
