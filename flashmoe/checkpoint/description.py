@@ -80,7 +80,7 @@ class ExpertDesc:
     file: np.ndarray  # (n_experts, n_segments) int32
     offset: np.ndarray  # (n_experts, n_segments) int64 [bytes]
     sources: tuple[str, ...]  # per segment, "{}" stands for the expert id if it is in the name
-    crc32c: np.ndarray | None = None  # (n_experts,) uint32 over the segments in order; packed form only
+    crc32c: np.ndarray | None = None  # (n_experts,) uint32, segments in order; packed only
 
 
 @dataclass(frozen=True, slots=True)
