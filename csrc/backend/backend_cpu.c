@@ -416,6 +416,7 @@ typedef struct experts_ctx {
     const fm_expert_args *a;
     const fm_act *act;   /* of x, then of the hidden rows */
     int64_t block, tasks_per_job;
+    int64_t first_row; /* of the hidden rows in act */
     bool down;
 } experts_ctx;
 
@@ -433,7 +434,7 @@ static void experts_task(void *p, int64_t task, int worker)
         for (int64_t i0 = 0; i0 < job->n; i0 += FM_COUNT(rows)) {
             const int64_t n = job->n - i0 < FM_COUNT(rows) ? job->n - i0 : FM_COUNT(rows);
             for (int64_t i = 0; i < n; i++)
-                rows[i] = (int32_t)(job->out0 + i0 + i);
+                rows[i] = (int32_t)(job->out0 - c->first_row + i0 + i);
             act.rows = rows;
             c->k->matmul[W->format](W, &act, n, c->a->out + (job->out0 + i0) * W->n_rows, W->n_rows, r0, r1);
         }
@@ -448,10 +449,10 @@ static void experts_task(void *p, int64_t task, int worker)
         c->k->swiglu(g + i * width + r0, u + i * width + r0, g + i * width + r0, r1 - r0);
 }
 
-static void experts_phase(cpu_backend *c, const fm_expert_args *a, const fm_act *act, bool down)
+static void experts_phase(cpu_backend *c, const fm_expert_args *a, const fm_act *act, int64_t first_row, bool down)
 {
     const fm_mat *W = down ? &a->jobs[0].down : &a->jobs[0].gate;
-    experts_ctx x = {c->k, a, act, mat_block(W, fm_pool_threads(c->pool)), 0, down};
+    experts_ctx x = {c->k, a, act, mat_block(W, fm_pool_threads(c->pool)), 0, first_row, down};
     x.tasks_per_job = (W->n_rows + x.block - 1) / x.block;
     fm_parallel_for(c->pool, a->n_jobs * x.tasks_per_job, experts_task, &x);
 }
@@ -464,13 +465,15 @@ static fm_status cpu_experts(fm_backend *b, const fm_expert_args *a)
     const int64_t hidden = a->jobs[0].gate.n_cols, width = a->jobs[0].gate.n_rows;
     fm_act act = {.x = a->x, .ldx = hidden, .n_cols = hidden};
     FM_TRY(prepare(c, &act, a->n_x));
-    experts_phase(c, a, &act, false);
-    int64_t last = 0;
-    for (int j = 0; j < a->n_jobs; j++)
+    experts_phase(c, a, &act, 0, false);
+    int64_t first = a->jobs[0].out0, last = first;
+    for (int j = 0; j < a->n_jobs; j++) {
+        first = a->jobs[j].out0 < first ? a->jobs[j].out0 : first;
         last = a->jobs[j].out0 + a->jobs[j].n > last ? a->jobs[j].out0 + a->jobs[j].n : last;
-    fm_act hidden_act = {.x = a->gate, .ldx = width, .n_cols = width};
-    FM_TRY(prepare(c, &hidden_act, last));
-    experts_phase(c, a, &hidden_act, true);
+    }
+    fm_act hidden_act = {.x = a->gate + first * width, .ldx = width, .n_cols = width};
+    FM_TRY(prepare(c, &hidden_act, last - first));
+    experts_phase(c, a, &hidden_act, first, true);
     return FM_OK;
 }
 

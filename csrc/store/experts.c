@@ -1,0 +1,463 @@
+/* Slots: a slot is one expert's windows end to end. A window is one read: neighbouring segments of a file merged,
+ * widened to the alignment of direct I/O; the segment's bytes lie somewhere inside it, at any address.
+ * A slot being read holds one pin of its own, so it cannot be evicted. */
+#include "store/experts.h"
+
+#include <assert.h>
+#include <inttypes.h>
+#include <stdio.h>
+#include <string.h>
+
+#include "base/clock.h"
+#include "base/crc32c.h"
+#include "base/mem.h"
+#include "store/expert_cache.h"
+#include "store/weights.h"
+
+enum { PLACE_ALIGN = 64, MAX_IN_FLIGHT = 4096, WAIT_STEP_NS = 50 * 1000 * 1000 };
+
+typedef struct window {
+    int32_t file;
+    int64_t off;          /* in the file, aligned */
+    size_t bytes, wanted; /* wanted: up to the end of the last segment */
+    size_t place;         /* in the slot */
+} window;
+
+typedef struct layout {
+    int n_windows, n_segments;
+    window w[FM_MAX_SEGMENTS];
+    size_t segment[FM_MAX_SEGMENTS]; /* place of each segment's first byte in the slot */
+    size_t bytes;
+} layout;
+
+typedef enum slot_state { SLOT_EMPTY, SLOT_LOADING, SLOT_READY } slot_state;
+
+typedef struct expert_slot {
+    slot_state state;
+    int pending;         /* reads not yet completed */
+    bool failed, demand;
+    bool fresh;          /* read and not yet claimed: its first claim is a miss */
+    uint32_t crc;        /* of a single window, from the I/O worker */
+} expert_slot;
+
+struct fm_experts {
+    const fm_model_desc *d;
+    fm_io *io;
+    fm_backend *be;
+    fm_cache *cache;
+    expert_slot *slots;
+    uint8_t *region;
+    size_t slot_bytes, region_bytes, align;
+    int32_t *layer_at; /* model layer -> index into d->experts, -1 */
+    int32_t n_layers;
+    int64_t stride; /* keys per layer */
+    fm_io_req *reqs, **ptrs, *free_reqs;
+    int n_reqs, in_flight;
+    bool verify;
+    fm_expert_stats stats;
+};
+
+/* ---- layout ----------------------------------------------------------------------------------------- */
+
+static void lay_out(const fm_expert_desc *e, int64_t id, size_t align, layout *l)
+{
+    fm_segment seg[FM_MAX_SEGMENTS];
+    const int n = fm_expert_segments(e, seg);
+    const int32_t *file = e->seg_file + id * n;
+    const int64_t *off = e->seg_off + id * n;
+    const int64_t a = (int64_t)align;
+    size_t place = 0;
+    l->n_windows = 0;
+    l->n_segments = n;
+    for (int s = 0; s < n;) {
+        int end = s + 1;
+        while (end < n && file[end] == file[s] && off[end] == off[end - 1] + seg[end - 1].n_bytes)
+            end++;
+        window *w = &l->w[l->n_windows++];
+        const int64_t from = off[s] / a * a, last = off[end - 1] + seg[end - 1].n_bytes;
+        w->file = file[s];
+        w->off = from;
+        w->wanted = (size_t)(last - from);
+        w->bytes = (size_t)((last - from + a - 1) / a * a);
+        w->place = place;
+        for (int i = s; i < end; i++)
+            l->segment[i] = place + (size_t)(off[i] - from);
+        place = fm_round_up(place + w->bytes, align > PLACE_ALIGN ? align : PLACE_ALIGN);
+        s = end;
+    }
+    l->bytes = place;
+}
+
+fm_status fm_experts_slot_bytes(const fm_model_desc *d, size_t align, size_t *bytes)
+{
+    size_t most = 0;
+    layout l;
+    for (int64_t i = 0; i < d->n_expert_layers; i++)
+        for (int64_t x = 0; x < d->experts[i].n_experts; x++) {
+            lay_out(&d->experts[i], x, align, &l);
+            most = l.bytes > most ? l.bytes : most;
+        }
+    /* Whole pages, so that a slot can be handed to a device and given back to the system alone. */
+    *bytes = fm_round_up(most, (size_t)fm_page_bytes());
+    return FM_OK;
+}
+
+static const fm_expert_desc *layer_desc(const fm_experts *e, int32_t layer)
+{
+    assert(layer >= 0 && layer < e->n_layers && e->layer_at[layer] >= 0);
+    return &e->d->experts[e->layer_at[layer]];
+}
+
+static int64_t key_of(const fm_experts *e, int32_t layer, int32_t id) { return e->layer_at[layer] * e->stride + id; }
+
+static uint8_t *slot_base(const fm_experts *e, int32_t slot) { return e->region + (size_t)slot * e->slot_bytes; }
+
+/* ---- opening ------------------------------------------------------------------------------------------ */
+
+static fm_status open_tables(fm_experts *e, int32_t n_slots)
+{
+    void *p;
+    int32_t last = 0;
+    for (int64_t i = 0; i < e->d->n_expert_layers; i++) {
+        last = e->d->experts[i].layer;
+        e->stride = e->d->experts[i].n_experts > e->stride ? e->d->experts[i].n_experts : e->stride;
+    }
+    e->n_layers = last + 1;
+    FM_TRY(fm_alloc((size_t)e->n_layers * sizeof(int32_t), &p));
+    e->layer_at = p;
+    memset(e->layer_at, 0xff, (size_t)e->n_layers * sizeof(int32_t));
+    for (int64_t i = 0; i < e->d->n_expert_layers; i++)
+        e->layer_at[e->d->experts[i].layer] = (int32_t)i;
+    FM_TRY(fm_cache_open(n_slots, e->d->n_expert_layers * e->stride, &e->cache));
+    FM_TRY(fm_alloc((size_t)n_slots * sizeof(expert_slot), &p));
+    e->slots = p;
+    const int64_t most = (int64_t)n_slots * FM_MAX_SEGMENTS;
+    e->n_reqs = (int)(most < MAX_IN_FLIGHT ? most : MAX_IN_FLIGHT);
+    FM_TRY(fm_alloc((size_t)e->n_reqs * sizeof(fm_io_req), &p));
+    e->reqs = p;
+    FM_TRY(fm_alloc((size_t)e->n_reqs * sizeof(fm_io_req *), &p));
+    e->ptrs = p;
+    for (int i = 0; i < e->n_reqs; i++) {
+        e->reqs[i].next = e->free_reqs;
+        e->free_reqs = &e->reqs[i];
+    }
+    FM_TRY(fm_experts_slot_bytes(e->d, e->align, &e->slot_bytes));
+    if (!fm_mul_size(e->slot_bytes, (size_t)n_slots, &e->region_bytes))
+        return fm_fail(FM_ERR_NOMEM, "%d expert slots of %zu bytes overflow", n_slots, e->slot_bytes);
+    FM_TRY(e->be->v->alloc(e->be, e->region_bytes, FM_USAGE_SLOTS, &p));
+    e->region = p;
+    return FM_OK;
+}
+
+fm_status fm_experts_open(const fm_model_desc *d, fm_io *io, fm_backend *be, const fm_experts_opts *opts,
+                          fm_experts **out)
+{
+    *out = NULL;
+    if (d->n_expert_layers < 1)
+        return fm_fail(FM_ERR_ARG, "the model has no experts");
+    void *p;
+    FM_TRY(fm_alloc(sizeof(fm_experts), &p));
+    fm_experts *e = p;
+    e->d = d;
+    e->io = io;
+    e->be = be;
+    e->verify = opts->verify;
+    e->align = fm_io_get_caps(io).align;
+    const fm_status s = open_tables(e, opts->n_slots);
+    if (s != FM_OK) {
+        fm_experts_close(e);
+        return s;
+    }
+    *out = e;
+    return FM_OK;
+}
+
+/* ---- completions ---------------------------------------------------------------------------------------- */
+
+static fm_status word_failure(fm_experts *e, const fm_io_req *r, int64_t key)
+{
+    const fm_expert_desc *x = &e->d->experts[key / e->stride];
+    char what[96];
+    snprintf(what, sizeof what, "layer %d expert %" PRId64, x->layer, key % e->stride);
+    return fm_io_fail(e->io, r, what);
+}
+
+static fm_status check_crc(fm_experts *e, int32_t slot, int64_t key)
+{
+    const fm_expert_desc *x = &e->d->experts[key / e->stride];
+    const int64_t id = key % e->stride;
+    if (!e->verify || !x->crc)
+        return FM_OK;
+    layout l;
+    lay_out(x, id, e->align, &l);
+    uint32_t crc = e->slots[slot].crc;
+    if (l.n_windows > 1) { /* not one record after all: chain over the segments here */
+        fm_segment seg[FM_MAX_SEGMENTS];
+        fm_expert_segments(x, seg);
+        crc = 0;
+        for (int s = 0; s < l.n_segments; s++)
+            crc = fm_crc32c(crc, slot_base(e, slot) + l.segment[s], (size_t)seg[s].n_bytes);
+    }
+    if (crc == x->crc[id])
+        return FM_OK;
+    const char *path = fm_io_file_path(e->io, l.w[0].file);
+    return fm_fail_path(FM_ERR_FORMAT, 0, path,
+                        "%s: layer %d expert %" PRId64 ": checksum %08x, recorded %08x: the file is damaged", path,
+                        x->layer, id, crc, x->crc[id]);
+}
+
+/* A failed read of an expert that someone waits for is that someone's error; of a guess, nobody's. */
+static fm_status complete(fm_experts *e, fm_io_req *r)
+{
+    const int32_t slot = (int32_t)r->tag;
+    expert_slot *s = &e->slots[slot];
+    const int64_t key = fm_cache_key(e->cache, slot);
+    fm_status status = FM_OK;
+    e->in_flight--;
+    e->stats.n_reads++;
+    e->stats.bytes_read += (int64_t)r->done_bytes;
+    e->stats.read_ns += r->ns_read;
+    e->stats.crc_ns += r->ns_crc;
+    s->crc = r->crc;
+    if (r->status != FM_OK) {
+        e->stats.n_failed++;
+        if (s->demand && !s->failed)
+            status = word_failure(e, r, key);
+        s->failed = true;
+    }
+    r->next = e->free_reqs;
+    e->free_reqs = r;
+    if (--s->pending > 0)
+        return status;
+    if (!s->failed) {
+        const fm_status crc = check_crc(e, slot, key);
+        if (crc != FM_OK) {
+            s->failed = true;
+            e->stats.n_failed++;
+            status = s->demand ? crc : FM_OK;
+        }
+    }
+    fm_cache_unpin(e->cache, slot);
+    s->state = s->failed ? SLOT_EMPTY : SLOT_READY;
+    if (s->failed)
+        fm_cache_drop(e->cache, slot);
+    return status;
+}
+
+static fm_status wait_reads(fm_experts *e, int min_done, int64_t timeout_ns)
+{
+    fm_io_req *done[64];
+    int n = 0;
+    FM_TRY(fm_io_wait(e->io, done, FM_COUNT(done), min_done, timeout_ns, &n));
+    fm_status first = FM_OK;
+    for (int i = 0; i < n; i++) {
+        const fm_status s = complete(e, done[i]);
+        first = first == FM_OK ? s : first; /* every completion is taken in, whatever the others said */
+    }
+    return first;
+}
+
+static void drain(fm_experts *e)
+{
+    while (e->in_flight > 0)
+        (void)wait_reads(e, 1, -1);
+}
+
+void fm_experts_close(fm_experts *e)
+{
+    if (!e)
+        return;
+    drain(e);
+    if (e->region)
+        e->be->v->free(e->be, e->region, e->region_bytes, FM_USAGE_SLOTS);
+    fm_cache_close(e->cache);
+    fm_free(e->slots);
+    fm_free(e->layer_at);
+    fm_free(e->ptrs);
+    fm_free(e->reqs);
+    fm_free(e);
+}
+
+/* ---- hint, claim, release ---------------------------------------------------------------------------------- */
+
+static int free_requests(const fm_experts *e) { return e->n_reqs - e->in_flight; }
+
+/* *started is false when no slot or request is free now. */
+static fm_status start_read(fm_experts *e, int32_t layer, int32_t id, int priority, bool *started)
+{
+    const fm_expert_desc *x = layer_desc(e, layer);
+    layout l;
+    lay_out(x, id, e->align, &l);
+    *started = false;
+    if (free_requests(e) < l.n_windows)
+        return FM_OK;
+    const int32_t slot = fm_cache_take(e->cache, key_of(e, layer, id));
+    if (slot < 0)
+        return FM_OK;
+    expert_slot *s = &e->slots[slot];
+    *s = (expert_slot){SLOT_LOADING, l.n_windows, false, priority == 0, true, 0};
+    for (int i = 0; i < l.n_windows; i++) {
+        fm_io_req *r = e->free_reqs;
+        e->free_reqs = r->next;
+        *r = (fm_io_req){
+            .file = l.w[i].file,
+            .priority = priority,
+            .off = l.w[i].off,
+            .bytes = l.w[i].bytes,
+            .bytes_wanted = l.w[i].wanted,
+            .dst = slot_base(e, slot) + l.w[i].place,
+            .tag = (uint64_t)slot,
+        };
+        if (e->verify && x->crc && l.n_windows == 1) {
+            r->crc_skip = l.segment[0] - l.w[0].place;
+            r->crc_bytes = l.w[0].wanted - r->crc_skip;
+        }
+        e->ptrs[i] = r;
+    }
+    fm_cache_pin(e->cache, slot);
+    const fm_status status = fm_io_submit(e->io, e->ptrs, l.n_windows);
+    if (status != FM_OK) {
+        for (int i = 0; i < l.n_windows; i++) {
+            e->ptrs[i]->next = e->free_reqs;
+            e->free_reqs = e->ptrs[i];
+        }
+        s->state = SLOT_EMPTY;
+        fm_cache_unpin(e->cache, slot);
+        fm_cache_drop(e->cache, slot);
+        return status;
+    }
+    e->in_flight += l.n_windows;
+    *started = true;
+    return FM_OK;
+}
+
+fm_status fm_experts_hint(fm_experts *e, int32_t layer, const int32_t *ids, int n, int priority)
+{
+    for (int i = 0; i < n; i++) {
+        const int32_t slot = fm_cache_find(e->cache, key_of(e, layer, ids[i]));
+        if (slot < 0)
+            continue;
+        fm_cache_touch(e->cache, slot);
+        if (priority == 0)
+            e->slots[slot].demand = true;
+    }
+    for (int i = 0; i < n; i++) {
+        if (fm_cache_find(e->cache, key_of(e, layer, ids[i])) >= 0)
+            continue;
+        bool started; /* a demanded read that cannot start yet is started by claim */
+        FM_TRY(start_read(e, layer, ids[i], priority, &started));
+        if (!started)
+            break;
+    }
+    return FM_OK;
+}
+
+static void fill_mats(const fm_experts *e, int32_t layer, int32_t id, int32_t slot, fm_mat mats[FM_ROLE_COUNT])
+{
+    const fm_expert_desc *x = layer_desc(e, layer);
+    layout l;
+    lay_out(x, id, e->align, &l);
+    fm_segment seg[FM_MAX_SEGMENTS];
+    fm_expert_segments(x, seg);
+    const uint8_t *area[FM_ROLE_COUNT][FM_AREA_COUNT] = {{NULL}};
+    for (int s = 0; s < l.n_segments; s++)
+        area[seg[s].role][seg[s].area] = slot_base(e, slot) + l.segment[s];
+    for (int r = 0; r < FM_ROLE_COUNT; r++) {
+        const fm_format *f = &x->role[r];
+        mats[r] = fm_mat_make((fm_quant)f->quant, f->group, (fm_quant)f->scale_quant, f->n_rows, f->n_cols, area[r][0],
+                              area[r][1], area[r][2]);
+    }
+}
+
+fm_status fm_experts_claim(fm_experts *e, int32_t layer, const int32_t *ids, int n, bool *claimed,
+                           fm_mat (*mats)[FM_ROLE_COUNT], const atomic_bool *cancel, int *n_new)
+{
+    *n_new = 0;
+    for (;;) {
+        int missing = 0, started_now = 0;
+        for (int i = 0; i < n; i++) {
+            if (claimed[i])
+                continue;
+            missing++;
+            const int32_t slot = fm_cache_find(e->cache, key_of(e, layer, ids[i]));
+            if (slot < 0) {
+                bool started;
+                FM_TRY(start_read(e, layer, ids[i], 0, &started));
+                started_now += started;
+            } else if (e->slots[slot].state == SLOT_READY) {
+                fm_cache_pin(e->cache, slot);
+                if (e->slots[slot].fresh)
+                    e->stats.misses++;
+                else
+                    e->stats.hits++;
+                e->slots[slot].fresh = false;
+                fill_mats(e, layer, ids[i], slot, mats[i]);
+                claimed[i] = true;
+                ++*n_new;
+            } else
+                e->slots[slot].demand = true;
+        }
+        if (*n_new > 0 || missing == 0)
+            return FM_OK;
+        if (cancel && atomic_load_explicit(cancel, memory_order_relaxed))
+            return fm_fail(FM_ERR_CANCELLED, "cancelled while waiting for experts of layer %d", layer);
+        if (e->in_flight == 0)
+            return fm_fail(FM_ERR_STATE, "layer %d: all %d expert slots are pinned, none is free for expert %d", layer,
+                           fm_cache_slots(e->cache), ids[0]);
+        const int64_t t0 = fm_clock_ns();
+        const fm_status s = wait_reads(e, 1, WAIT_STEP_NS);
+        e->stats.wait_ns += fm_clock_ns() - t0;
+        FM_TRY(s);
+    }
+}
+
+void fm_experts_release(fm_experts *e, int32_t layer, const int32_t *ids, int n, const bool *claimed)
+{
+    for (int i = 0; i < n; i++)
+        if (claimed[i])
+            fm_cache_unpin(e->cache, fm_cache_find(e->cache, key_of(e, layer, ids[i])));
+}
+
+fm_status fm_experts_check_finite(const fm_experts *e, int32_t layer, int32_t id)
+{
+    const int32_t slot = fm_cache_find(e->cache, key_of(e, layer, id));
+    if (slot < 0)
+        return FM_OK;
+    const fm_expert_desc *x = layer_desc(e, layer);
+    fm_mat mats[FM_ROLE_COUNT];
+    fill_mats(e, layer, id, slot, mats);
+    fm_segment seg[FM_MAX_SEGMENTS];
+    const int n = fm_expert_segments(x, seg);
+    for (int s = 0; s < n; s++) {
+        if (seg[s].area != FM_AREA_CODES)
+            continue;
+        const fm_mat *m = &mats[seg[s].role];
+        const uint8_t *area[FM_AREA_COUNT] = {m->codes, m->scales, m->biases};
+        char what[256];
+        snprintf(what, sizeof what, "layer %d expert %d (%s)", layer, id, x->source[s]);
+        FM_TRY(fm_format_check_finite(&x->role[seg[s].role], area, fm_io_file_path(e->io, x->seg_file[id * n + s]), what));
+    }
+    return FM_OK;
+}
+
+/* ---- size and counters ----------------------------------------------------------------------------------- */
+
+int32_t fm_experts_slots(const fm_experts *e) { return fm_cache_slots(e->cache); }
+
+size_t fm_experts_bytes_per_slot(const fm_experts *e) { return e->slot_bytes; }
+
+fm_status fm_experts_resize(fm_experts *e, int32_t n_slots)
+{
+    drain(e);
+    const int32_t was = fm_cache_slots(e->cache);
+    FM_TRY(fm_cache_resize(e->cache, n_slots));
+    if (n_slots < was)
+        fm_region_drop(slot_base(e, n_slots), (size_t)(was - n_slots) * e->slot_bytes);
+    return FM_OK;
+}
+
+int64_t fm_experts_pinned(const fm_experts *e) { return fm_cache_pinned(e->cache); }
+
+void fm_experts_get_stats(const fm_experts *e, fm_expert_stats *out) { *out = e->stats; }
+
+void fm_experts_reset_stats(fm_experts *e) { e->stats = (fm_expert_stats){0}; }
