@@ -8,7 +8,7 @@
  *     before anything is queued. The last window of a file may reach past its end up to the next multiple of
  *     align: set bytes_wanted to what must exist. Buffered mode has align 1.
  *  4. submit of n queues all n or none.   5. cancel still delivers a completion (FM_ERR_CANCELLED or OK).
- *  6. One waiter at a time; any thread may submit.
+ *  6. One waiter at a time; any thread may submit. A forked child may only close.
  *  7. Requests with priority 0 (demand) are always started before those with priority 1 (speculative). */
 #ifndef FM_IO_IO_H
 #define FM_IO_IO_H
@@ -27,11 +27,11 @@ typedef struct fm_io_req {
     int32_t priority;    /* 0 demand, 1 speculative */
     int64_t off;         /* byte offset in the file */
     size_t bytes;        /* to read into dst */
-    size_t bytes_wanted; /* <= bytes; how many must exist in the file */
+    size_t bytes_wanted; /* <= bytes; how many must exist in the file; 0 means all of bytes */
     void *dst;
     uint64_t tag;
     size_t crc_bytes;    /* > 0: CRC-32C of dst[crc_skip .. crc_skip+crc_bytes) into crc */
-    size_t crc_skip;
+    size_t crc_skip;     /* crc_skip + crc_bytes must lie within the wanted bytes */
     /* set on completion */
     fm_status status;
     int err;             /* errno of a failed read */
@@ -40,6 +40,7 @@ typedef struct fm_io_req {
     int64_t ns_queued, ns_read, ns_crc;
     /* private */
     struct fm_io_req *next;
+    int64_t seq;
     int32_t state;
 } fm_io_req;
 
@@ -61,7 +62,8 @@ typedef struct fm_io_counters {
     int64_t n_reads, bytes_read, n_failed, ns_read; /* ns_read is summed over workers */
 } fm_io_counters;
 
-/* Opens all paths read-only. Errors name the path. *out is NULL on failure. */
+/* Opens all paths read-only; they must be regular files. Errors name the path. *out is NULL on failure.
+ * FLASHMOE_FAULT wraps whatever method was asked for (tests). */
 fm_status fm_io_open(const fm_io_opts *opts, const char *const *paths, int n_paths, fm_io **out);
 void fm_io_close(fm_io *io); /* waits for running reads, drops queued ones; NULL is fine */
 fm_io_caps fm_io_get_caps(const fm_io *io);
@@ -73,10 +75,13 @@ fm_status fm_io_submit(fm_io *io, fm_io_req *const *reqs, int n);
  * done[0..*n_done) are the completed requests, whatever their status. timeout_ns < 0 waits for ever;
  * a timeout returns FM_OK with what there is. */
 fm_status fm_io_wait(fm_io *io, fm_io_req **done, int max_done, int min_done, int64_t timeout_ns, int *n_done);
+/* A request that has not started completes with FM_ERR_CANCELLED; others run on. Not after completion
+ * was delivered. */
 fm_status fm_io_cancel(fm_io *io, fm_io_req *req);
 void fm_io_get_counters(const fm_io *io, fm_io_counters *out);
 
-/* Word a failed request on the calling thread: path, offset, numbers, strerror. what may be NULL. */
+/* Word a failed request on the calling thread: path, offset, numbers, strerror; returns its status.
+ * what says what the bytes are ("layer 3 expert 17") and may be NULL. */
 fm_status fm_io_fail(const fm_io *io, const fm_io_req *req, const char *what);
 
 /* Synchronous buffered read for loading, any alignment, any method (uses the calling thread). */
