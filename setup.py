@@ -1,0 +1,106 @@
+"""Builds the C core as a static library, `_core` (pybind11) over it, and `sampling` (Cython).
+
+One static library keeps one flag set per language: a C++ extension with C sources in it would
+hand -std=c++17 to the C compiler, which clang refuses.  Only `_core` links the core; a second copy
+in `sampling` would have its own kernel table and error message.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from glob import glob
+from pathlib import Path
+
+from Cython.Build import cythonize
+from pybind11.setup_helpers import Pybind11Extension
+from setuptools import Extension, setup
+from setuptools.command.build_clib import build_clib
+
+ROOT = Path(__file__).resolve().parent
+VERSION = re.search(r'^__version__ = "(.+)"', (ROOT / "flashmoe/__init__.py").read_text(), re.M)[1]
+
+CORE_SOURCES = sorted(s for s in glob("csrc/*/*.c") if not s.startswith("csrc/bind/"))
+HEADERS = sorted(glob("csrc/*.h") + glob("csrc/*/*.h"))
+C_FLAGS = ["-std=gnu11", "-O2", "-fvisibility=hidden", "-Wall", "-Wextra", "-fPIC", "-pthread"]
+CXX_FLAGS = ["-O2", "-fvisibility=hidden", "-Wall", "-Wextra"]
+MACROS = [("FM_VERSION", f'"{VERSION}"')]
+# Only CI builds with FLASHMOE_WERROR=1: a newer compiler's new warning must not stop a user.
+if os.environ.get("FLASHMOE_WERROR") == "1":
+    C_FLAGS.append("-Werror")
+    CXX_FLAGS.append("-Werror")
+# The tests also run the sampler with bounds checks on (FLASHMOE_BOUNDSCHECK=1).
+BOUNDSCHECK = os.environ.get("FLASHMOE_BOUNDSCHECK") == "1"
+# Metal (metal/*.m, Darwin only) joins CORE_SOURCES and LINK_ARGS here.
+LINK_ARGS = ["-pthread"]
+
+
+class BuildCore(build_clib):
+    """build_clib with the sources compiled in parallel, and only those that are out of date."""
+
+    def build_libraries(self, libraries):
+        newest_header = max(os.path.getmtime(h) for h in [*HEADERS, "setup.py"])
+        for name, info in libraries:
+            stale, objects = [], []
+            for source in info["sources"]:
+                (obj,) = self.compiler.object_filenames([source], output_dir=self.build_temp)
+                objects.append(obj)
+                built = os.path.getmtime(obj) if os.path.exists(obj) else 0
+                if self.force or built < max(newest_header, os.path.getmtime(source)):
+                    stale.append(source)
+
+            def compile_one(source, info=info):
+                self.compiler.compile(
+                    [source],
+                    output_dir=self.build_temp,
+                    macros=info["macros"],
+                    include_dirs=info["include_dirs"],
+                    extra_postargs=info["cflags"],
+                )
+
+            with ThreadPoolExecutor(os.cpu_count()) as pool:
+                list(pool.map(compile_one, stale))
+            if stale or not glob(os.path.join(self.build_clib, f"*{name}*")):
+                self.compiler.create_static_lib(objects, name, output_dir=self.build_clib)
+
+
+core = (
+    "flashmoe_core",
+    {
+        "sources": CORE_SOURCES,
+        "include_dirs": ["csrc"],
+        "macros": MACROS,
+        "cflags": C_FLAGS,
+    },
+)
+extensions = [
+    Pybind11Extension(
+        "flashmoe._core",
+        sorted(glob("csrc/bind/*.cpp")),
+        include_dirs=["csrc"],
+        define_macros=MACROS,
+        cxx_std=17,
+        extra_compile_args=CXX_FLAGS,
+        extra_link_args=LINK_ARGS,
+        depends=[*CORE_SOURCES, *HEADERS, *sorted(glob("csrc/bind/*.h"))],
+    ),
+    *cythonize(
+        [Extension("flashmoe.sampling", ["flashmoe/sampling.pyx"], extra_compile_args=["-O2"])],
+        build_dir="build/cython",
+        force=BOUNDSCHECK,
+        compiler_directives={
+            "language_level": 3,
+            "boundscheck": BOUNDSCHECK,
+            "wraparound": False,
+            "initializedcheck": BOUNDSCHECK,
+            "cdivision": True,
+        },
+    ),
+]
+
+if sys.platform == "win32":
+    raise SystemExit("flashmoe: Windows is not supported; use Linux, macOS or WSL")
+
+setup(libraries=[core], ext_modules=extensions, cmdclass={"build_clib": BuildCore})
