@@ -16,6 +16,7 @@ from flashmoe.checkpoint import (
     arch_qwen3_next,
     hf,
     mlx,
+    packed,
 )
 from flashmoe.checkpoint.arch import Architecture, ModelConfig
 from flashmoe.checkpoint.description import ModelDescription
@@ -56,16 +57,14 @@ def open_checkpoint(path: str | Path) -> ModelDescription:
     """
     directory = _resolve(path)
     if (directory / "flashmoe.json").is_file():
-        from flashmoe.checkpoint import packed
-
         return packed.open_packed(directory)
     if not (directory / "config.json").is_file():
         raise ModelFileError(f"{directory}: not a model directory (no config.json)")
     hf_config = load_json(directory / "config.json")
     arch, mc = read_model_config(hf_config, str(directory / "config.json"))
     table = read_tensors(directory)
-    reader = mlx if mlx.is_mlx(table, hf_config) else hf
-    d = reader.describe(table, arch, mc, hf_config)
+    describe = mlx.describe if mlx.is_mlx(table, hf_config) else hf.describe
+    d = describe(table, arch, mc, hf_config)
     d.eos_token_ids = read_eos_ids(directory, hf_config, d.config["vocab_size"])
     return d
 

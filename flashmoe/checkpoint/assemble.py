@@ -24,16 +24,15 @@ from flashmoe.checkpoint.description import (
     RawTensor,
     TensorDesc,
 )
+from flashmoe.checkpoint.formats import AFFINE_BITS, GROUPS
 from flashmoe.checkpoint.safetensors_file import Tensor
 from flashmoe.checkpoint.source import TensorTable
 from flashmoe.config import check_config, nearest
 from flashmoe.errors import ModelFileError, UnsupportedError
 
-__all__ = ["AFFINE_BITS", "GROUPS", "PLAIN", "Assembler", "Matrix"]
+__all__ = ["PLAIN", "Assembler", "Matrix"]
 
 PLAIN = {"F32": "f32", "F16": "f16", "BF16": "bf16"}
-AFFINE_BITS = (2, 3, 4, 5, 6, 8)
-GROUPS = (16, 32, 64, 128)
 PREFIXES = ("model.language_model.", "language_model.model.", "model.", "language_model.", "")
 HEADS = ("lm_head", "language_model.lm_head", "model.language_model.lm_head", "model.lm_head")
 _MTP = re.compile(r"(model\.|language_model\.|model\.language_model\.)?mtp\.")
