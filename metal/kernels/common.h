@@ -1,0 +1,92 @@
+// Shared by all kernels: function constants, number formats, decoding of affine codes.
+//
+// The subset of MSL used here is what tests/metal/ executes on Linux: no kernel templates, no
+// textures, float4(...) constructors only, every simd operation under uniform control.
+#ifndef FM_COMMON_H
+#define FM_COMMON_H
+#include <metal_stdlib>
+
+#include "metal_args.h"
+
+using namespace metal;
+
+constant uint FC_FORMAT [[function_constant(0)]];
+constant uint FC_GROUP [[function_constant(1)]];
+constant uint FC_SCALE [[function_constant(2)]];
+constant uint FC_VEC [[function_constant(3)]];
+constant uint FC_GATED [[function_constant(4)]];
+constant uint FC_DIM [[function_constant(5)]];
+
+inline float sigmoid(float x) {
+    const float e = exp(-abs(x));
+    return x >= 0.0f ? 1.0f / (1.0f + e) : e / (1.0f + e);
+}
+
+inline float silu(float x) { return x * sigmoid(x); }
+
+// Element i of plain numbers; f16 and bf16 at 2-byte, f32 at 4-byte addresses.
+inline float plain_at(device const uchar *p, uint format, uint i) {
+    if (format == FM_FMT_F32)
+        return ((device const float *)p)[i];
+    const ushort bits = ((device const ushort *)p)[i];
+    if (format == FM_FMT_BF16)
+        return as_type<float>(uint(bits) << 16);
+    return float(as_type<half>(bits));
+}
+
+// Code j of a row: FC_FORMAT bits from bit j * FC_FORMAT of a little-endian bit stream.
+inline float code_at(device const uint *row, uint j) {
+    const uint bit = j * FC_FORMAT, shift = bit % 32;
+    uint v = row[bit / 32] >> shift;
+    if (shift + FC_FORMAT > 32)
+        v |= row[bit / 32 + 1] << (32 - shift);
+    return float(v & ((1u << FC_FORMAT) - 1));
+}
+
+// The same from a block of 32 codes in registers; j is known when the loop is unrolled.
+inline float code_of(thread const uint *w, uint j) {
+    const uint bit = j * FC_FORMAT, shift = bit % 32;
+    uint v = w[bit / 32] >> shift;
+    if (shift + FC_FORMAT > 32)
+        v |= w[bit / 32 + 1] << (32 - shift);
+    return float(v & ((1u << FC_FORMAT) - 1));
+}
+
+// Load the FC_FORMAT words of block b (32 codes) of a row.
+inline void load_block(device const uint *row, uint b, thread uint *w) {
+    device const uint *p = row + b * FC_FORMAT;
+    if (FC_VEC && FC_FORMAT == 4) {
+        const uint4 v = *(device const uint4 *)p;
+        w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;
+    } else if (FC_VEC && FC_FORMAT == 8) {
+        const uint4 v = ((device const uint4 *)p)[0], u = ((device const uint4 *)p)[1];
+        w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;
+        w[4] = u.x, w[5] = u.y, w[6] = u.z, w[7] = u.w;
+    } else if (FC_VEC && FC_FORMAT == 2) {
+        const uint2 v = *(device const uint2 *)p;
+        w[0] = v.x, w[1] = v.y;
+    } else {
+        for (uint i = 0; i < FC_FORMAT; i++)
+            w[i] = p[i];
+    }
+}
+
+// Column c of affine row data: one rounding of scale * code + bias.
+inline float affine_at(device const uint *codes, device const uchar *scales,
+                       device const uchar *biases, uint c) {
+    const float s = plain_at(scales, FC_SCALE, c / FC_GROUP);
+    return fma(code_at(codes, c), s, plain_at(biases, FC_SCALE, c / FC_GROUP));
+}
+
+inline float weight_at(device const uint *codes, device const uchar *scales,
+                       device const uchar *biases, uint c) {
+    if (FC_FORMAT >= FM_FMT_F16)
+        return plain_at((device const uchar *)codes, FC_FORMAT, c);
+    return affine_at(codes, scales, biases, c);
+}
+
+// Byte offsets in a device pointer of any type.
+inline device const uint *row_of(device const uint *p, ulong bytes) {
+    return (device const uint *)((device const uchar *)p + bytes);
+}
+#endif
