@@ -3,6 +3,7 @@
  * Pointers in args are addresses of the backend's own memory (alloc) or of registered host memory (wrap); the
  * caller never follows them between begin and sync, except in memory it wrote before begin. On unified memory both
  * sides use the same address; a backend finds its buffer object by address range.
+ * Arrays inside args (spans, items, jobs, hist_in, kv) are read during the call; what they point to, later.
  * Ops may run at once or be recorded; sync returns when all are done and reports the first failure. Ops run in the
  * order they were called. Each op's arithmetic contract and bound is the twin slot's in cpu/kernels.h.
  * All activations are f32, row-major; n = rows (tokens). Not thread-safe: one caller at a time. */
@@ -122,7 +123,7 @@ typedef struct fm_backend_vtable {
     /* Memory. */
     fm_status (*alloc)(fm_backend *b, size_t bytes, fm_usage usage, void **out);
     void (*free)(fm_backend *b, void *p, size_t bytes, fm_usage usage);
-    /* Command recording: begin .. ops .. sync. flush starts what is recorded without waiting (optional). */
+    /* Command recording: begin .. ops .. sync; ops after a sync start a new recording by themselves. flush starts what is recorded without waiting (optional). */
     fm_status (*begin)(fm_backend *b);
     void (*flush)(fm_backend *b);
     fm_status (*sync)(fm_backend *b);
