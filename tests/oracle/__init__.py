@@ -1,0 +1,1 @@
+"""NumPy float64 oracle, written from the formulas; imports nothing of flashmoe."""
