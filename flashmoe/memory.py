@@ -204,9 +204,10 @@ def plan_memory(
     context = int(opts["context"])
     chunk = min(PREFILL_CHUNK if prefill_chunk is None else prefill_chunk, context)
 
-    def sizes(rows: int) -> tuple[Mapping[str, int], int]:
-        core = core_plan({**opts, "max_rows": rows, "n_slots": 0, "io_method": "pread",
-                          "io_direct": False})  # fmt: skip
+    def sizes(rows: int, direct: bool = io in ("auto", "direct")) -> tuple[Mapping[str, int], int]:
+        core = core_plan(
+            {**opts, "max_rows": rows, "n_slots": 0, "io_method": "pread", "io_direct": direct}
+        )
         fixed = baseline + core["trunk_bytes"] + core["state_bytes"] + core["scratch_bytes"]
         return core, fixed
 
@@ -230,6 +231,9 @@ def plan_memory(
     method, direct, io_reason = _choose_io(
         io, n_experts <= n_fit, experts_bytes, free_bytes, direct_refused
     )
+    if not direct:  # slots for buffered reads are a little smaller
+        core, fixed = sizes(chunk, direct=False)
+        slot = core["slot_bytes"]
     if n_experts <= n_fit:
         n_slots = n_experts
     elif direct:

@@ -1,0 +1,62 @@
+"""Options that several subcommands take, and what they share in showing things."""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+__all__ = [
+    "Backend",
+    "Context",
+    "ExpertsPerToken",
+    "Io",
+    "Json",
+    "Memory",
+    "Quiet",
+    "Threads",
+    "print_json",
+    "stderr",
+]
+
+Memory = Annotated[
+    str | None,
+    typer.Option(
+        help="Budget for the whole process, e.g. 8GiB. (default: what is free)", show_default=False
+    ),
+]
+Io = Annotated[str, typer.Option(help="auto, direct, or a buffered method such as pread.")]
+Threads = Annotated[
+    int | None, typer.Option(help="Compute threads. (default: all CPUs)", show_default=False)
+]
+Context = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens a session can hold. (default: the model's, at most 4096)", show_default=False
+    ),
+]
+ExpertsPerToken = Annotated[
+    int | None,
+    typer.Option(
+        "--experts-per-token",
+        "-k",
+        help="Experts per token. (default: as trained)",
+        show_default=False,
+    ),
+]
+Backend = Annotated[str, typer.Option(help="auto or cpu.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")]
+
+
+def stderr(quiet: bool = False) -> Console:
+    """Return a console on stderr."""
+    return Console(file=sys.stderr, quiet=quiet, highlight=False, markup=False, soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON object on stdout."""
+    print(json.dumps(value, ensure_ascii=False, indent=2, default=str))
