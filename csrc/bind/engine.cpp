@@ -1,0 +1,288 @@
+// Owns: _core.Engine and _core.Session. The GIL is dropped around everything that computes or reads.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <memory>
+
+#include "bind/desc.h"
+#include "bind/errors.h"
+#include "bind/module.h"
+
+namespace py = pybind11;
+
+namespace {
+
+using Ids = py::array_t<int32_t, py::array::c_style>;
+using Floats = py::array_t<float, py::array::c_style>;
+
+class Session;
+
+class Engine {
+public:
+    Engine(const py::dict &desc, const py::dict &opts)
+    {
+        const Description d(desc);
+        std::deque<std::string> strings;
+        const fm_engine_opts o = read_opts(opts, strings);
+        {
+            const py::gil_scoped_release nogil;
+            check(fm_engine_open(d.model(), &o, &e));
+        }
+        check(fm_engine_get_info(e, &info));
+    }
+    Engine(const Engine &) = delete;
+    ~Engine() { close(); }
+
+    void close()
+    {
+        fm_engine *was = e;
+        e = nullptr;
+        if (was) {
+            const py::gil_scoped_release nogil;
+            fm_engine_close(was);
+        }
+    }
+    fm_engine *get() const
+    {
+        if (!e)
+            fail(FM_ERR_STATE, "the engine is closed");
+        return e;
+    }
+
+    fm_engine *e = nullptr;
+    fm_engine_info info{};
+};
+
+class Session {
+public:
+    Session(std::shared_ptr<Engine> owner, int64_t context) : engine(std::move(owner))
+    {
+        check(fm_session_create(engine->get(), context, &s));
+    }
+    Session(const Session &) = delete;
+    ~Session() { close(); }
+
+    void close()
+    {
+        fm_session *was = s;
+        s = nullptr;
+        if (was) {
+            const py::gil_scoped_release nogil;
+            fm_session_free(was);
+        }
+    }
+    fm_session *get() const
+    {
+        if (!s)
+            fail(FM_ERR_STATE, "the session is closed");
+        return s;
+    }
+
+    std::shared_ptr<Engine> engine; // a child pins its parent
+    fm_session *s = nullptr;
+};
+
+py::dict plan(const py::dict &desc, const py::dict &opts)
+{
+    const Description d(desc);
+    std::deque<std::string> strings;
+    const fm_engine_opts o = read_opts(opts, strings);
+    fm_engine_plan p{};
+    check(fm_engine_plan_bytes(d.model(), &o, &p));
+    py::dict out;
+    out["trunk_bytes"] = p.trunk_bytes;
+    out["state_bytes"] = p.state_bytes;
+    out["scratch_bytes"] = p.scratch_bytes;
+    out["slot_bytes"] = p.slot_bytes;
+    out["n_slots_min"] = p.n_slots_min;
+    out["n_experts_total"] = p.n_experts_total;
+    out["expert_record_bytes_max"] = p.expert_record_bytes_max;
+    out["experts_per_token"] = p.experts_per_token;
+    return out;
+}
+
+py::dict info_dict(const Engine &e)
+{
+    fm_engine_info i = e.info;
+    if (e.e)
+        check(fm_engine_get_info(e.e, &i));
+    py::dict out;
+    out["arch"] = e.info.arch;
+    out["backend"] = e.info.backend;
+    out["cpu_variant"] = e.info.cpu_variant;
+    out["io_method"] = e.info.io_method;
+    out["io_direct"] = i.io_direct;
+    out["verify"] = i.verify;
+    out["n_threads"] = i.n_threads;
+    out["n_slots"] = i.n_slots;
+    out["experts_per_token"] = i.experts_per_token;
+    out["trained_experts_per_token"] = i.trained_experts_per_token;
+    out["context"] = i.context;
+    out["max_rows"] = i.max_rows;
+    out["vocab_size"] = i.vocab_size;
+    out["n_layers"] = i.n_layers;
+    out["hidden_size"] = i.hidden_size;
+    return out;
+}
+
+py::dict stats_dict(const Engine &e)
+{
+    fm_engine_stats s{};
+    check(fm_engine_get_stats(e.get(), &s));
+    py::dict out;
+#define FIELD(name) out[#name] = s.name;
+    FIELD(prefill_tokens) FIELD(prefill_ns) FIELD(decode_tokens) FIELD(decode_ns) FIELD(n_forwards)
+    FIELD(hits) FIELD(misses) FIELD(n_reads) FIELD(bytes_read) FIELD(read_ns) FIELD(crc_ns) FIELD(n_failed_reads)
+    FIELD(embed_ns) FIELD(attention_ns) FIELD(delta_ns) FIELD(router_ns) FIELD(experts_ns) FIELD(wait_ns)
+    FIELD(shared_ns) FIELD(mlp_ns) FIELD(head_ns)
+#undef FIELD
+    return out;
+}
+
+py::dict forward(const Engine &e, const std::vector<std::shared_ptr<Session>> &sessions, const std::vector<Ids> &ids,
+                 bool all_logits, bool trace_router, bool trace_hidden)
+{
+    if (sessions.size() != ids.size())
+        fail(FM_ERR_ARG, "forward: " + std::to_string(sessions.size()) + " sessions and " + std::to_string(ids.size()) +
+                             " id arrays");
+    std::vector<fm_row> rows;
+    for (size_t i = 0; i < sessions.size(); i++) {
+        if (ids[i].ndim() != 1)
+            fail(FM_ERR_ARG, "forward: ids must have one dimension");
+        for (py::ssize_t j = 0; j < ids[i].shape(0); j++)
+            rows.push_back({sessions[i]->get(), ids[i].data()[j]});
+    }
+    fm_engine_info i{};
+    check(fm_engine_get_info(e.get(), &i));
+    const py::ssize_t n = (py::ssize_t)rows.size();
+    py::object logits = py::none(), router = py::none(), hidden = py::none();
+    fm_forward_out out{};
+    if (n >= 1 && n <= i.max_rows) { // else refused below, before anything is written
+        if (all_logits) {
+            Floats a({n, (py::ssize_t)i.vocab_size});
+            out.logits = a.mutable_data();
+            logits = a;
+        }
+        if (trace_router) {
+            Ids a({n, (py::ssize_t)i.n_layers, (py::ssize_t)i.experts_per_token});
+            out.router = a.mutable_data();
+            router = a;
+        }
+        if (trace_hidden) {
+            Floats a({n, (py::ssize_t)i.n_layers, (py::ssize_t)i.hidden_size});
+            out.hidden = a.mutable_data();
+            hidden = a;
+        }
+    }
+    {
+        fm_engine *raw = e.get();
+        const py::gil_scoped_release nogil;
+        check(fm_engine_forward(raw, rows.data(), (int64_t)rows.size(), &out));
+    }
+    py::dict d;
+    d["logits"] = logits;
+    d["router"] = router;
+    d["hidden"] = hidden;
+    return d;
+}
+
+int64_t prefill(const Session &s, const Ids &ids)
+{
+    if (ids.ndim() != 1 || ids.shape(0) < 1)
+        fail(FM_ERR_ARG, "prefill: ids must have one dimension and at least one token");
+    fm_session *raw = s.get();
+    const int32_t *data = ids.data();
+    const int64_t n = ids.shape(0);
+    int64_t done = 0;
+    const py::gil_scoped_release nogil;
+    check(fm_session_prefill(raw, data, n, &done));
+    return done;
+}
+
+Floats logits(const Session &s)
+{
+    const float *l = fm_session_logits(s.get());
+    if (!l)
+        fail(FM_ERR_STATE, "no logits: nothing was computed since the session began, was rewound or loaded");
+    const py::ssize_t n = (py::ssize_t)s.engine->info.vocab_size;
+    Floats a(n);
+    std::copy(l, l + n, a.mutable_data());
+    return a;
+}
+
+py::bytes save(const Session &s)
+{
+    size_t n = 0;
+    check(fm_session_save_bytes(s.get(), &n));
+    py::bytes out(nullptr, n);
+    char *to = PyBytes_AsString(out.ptr());
+    fm_session *raw = s.get();
+    {
+        const py::gil_scoped_release nogil;
+        check(fm_session_save(raw, to, n));
+    }
+    return out;
+}
+
+void load(const Session &s, const py::bytes &data)
+{
+    char *p;
+    Py_ssize_t n;
+    if (PyBytes_AsStringAndSize(data.ptr(), &p, &n) != 0)
+        throw py::error_already_set();
+    fm_session *raw = s.get();
+    const py::gil_scoped_release nogil;
+    check(fm_session_load(raw, p, (size_t)n));
+}
+
+} // namespace
+
+void bind_engine(py::module_ &m)
+{
+    py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine")
+        .def(py::init<const py::dict &, const py::dict &>(), py::arg("desc"), py::arg("opts"))
+        .def_static("plan", &plan, py::arg("desc"), py::arg("opts"))
+        .def("session",
+             [](std::shared_ptr<Engine> e, int64_t context) { return std::make_shared<Session>(std::move(e), context); },
+             py::arg("context") = 0)
+        .def("forward", &forward, py::arg("sessions"), py::arg("ids").noconvert(), py::arg("all_logits") = false,
+             py::arg("trace_router") = false, py::arg("trace_hidden") = false)
+        .def("set_slots",
+             [](const Engine &e, int32_t n) {
+                 int32_t now = 0;
+                 fm_engine *raw = e.get();
+                 const py::gil_scoped_release nogil;
+                 check(fm_engine_set_slots(raw, n, &now));
+                 return now;
+             })
+        .def("stats", &stats_dict)
+        .def("reset_stats", [](const Engine &e) { check(fm_engine_reset_stats(e.get())); })
+        .def("close", &Engine::close)
+        .def_property_readonly("info", &info_dict);
+
+    py::class_<Session, std::shared_ptr<Session>>(m, "Session")
+        .def_property_readonly("pos", [](const Session &s) { return fm_session_pos(s.get()); })
+        .def_property_readonly("context", [](const Session &s) { return fm_session_context(s.get()); })
+        .def("prefill", &prefill, py::arg("ids").noconvert())
+        .def("step",
+             [](const Session &s, int32_t id) {
+                 fm_session *raw = s.get();
+                 const py::gil_scoped_release nogil;
+                 check(fm_session_step(raw, id));
+             },
+             py::arg("id"))
+        .def("logits", &logits)
+        .def("rewind",
+             [](const Session &s, int64_t want) {
+                 int64_t got = 0;
+                 check(fm_session_rewind(s.get(), want, &got));
+                 return got;
+             },
+             py::arg("want"))
+        .def("checkpoint", [](const Session &s) { check(fm_session_checkpoint(s.get())); })
+        .def("save", &save)
+        .def("load", &load, py::arg("data"))
+        .def("cancel", [](const Session &s) { fm_session_cancel(s.get()); })
+        .def("close", &Session::close);
+}
