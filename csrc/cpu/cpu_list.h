@@ -1,2 +1,4 @@
 /* X(name): CPU kernel variants, weakest first; a later one overlays what it implements. */
-#define FM_CPU_LIST(X) X(ref)
+#define FM_CPU_LIST(X)                                                                             \
+    X(ref)                                                                                         \
+    X(avx512)

@@ -63,18 +63,29 @@ typedef struct fm_attn_args {
     int64_t ld_y;
 } fm_attn_args;
 
+/* Numeric mode of matmul with affine weights. Everything else is the same in both.
+ * EXACT: activations and sums in f32.
+ * FAST: activations rounded to int8 in blocks of 64 columns, one f32 scale per block (max|x| / 127), dot products in
+ *   int32 (exact), scale and bias applied in f32. With xs the block's scale, |x' - x| <= xs/2 per element, so the
+ *   error adds  sum over blocks of xs/2 * sum |W[r,c]|  to EXACT's; typically 0.5 % of |x| |w|. Non-finite x gives
+ *   non-finite y. Plain weights, and variants that have no FAST kernels (ref), compute as EXACT. */
+typedef enum fm_numeric { FM_NUMERIC_EXACT, FM_NUMERIC_FAST, FM_NUMERIC_COUNT } fm_numeric;
+
 typedef struct fm_kernels {
     const char *name;
+    fm_numeric numeric; /* act_bytes, act_prepare and matmul are of this mode */
 
     /* Bytes of fm_act.prepared for n rows; 0 is legal. prepare fills rows r0 <= r < r1 (x rows, not gathered). */
     size_t (*act_bytes)(int64_t n, int64_t n_cols);
     void (*act_prepare)(const fm_act *act, int64_t n, int64_t r0, int64_t r1);
 
     /* y[i*ldy + r] = sum_c W[r,c] * x[rows[i]][c]   for 0 <= i < n, r0 <= r < r1; y must not alias x.
-     * Bound: 2^-20 * S (S over decoded weights); ref: 2^-23 * S. Threads: any, on disjoint (i, r). */
+     * Bound, EXACT: (n_cols/128 + 8) * u * S (S over decoded weights); ref: 2^-23 * S. FAST: see fm_numeric.
+     * Best with row ranges that start at multiples of 32 and hold at least 64. Threads: any, on disjoint (i, r). */
     void (*matmul[FM_QUANT_COUNT])(const fm_mat *W, const fm_act *x, int64_t n, float *y, int64_t ldy,
                                    int64_t r0, int64_t r1);
-    /* y[0..n_cols) = row r of W. Exact: one rounding of scale*code + bias. */
+    /* y[0..n_cols) = row r of W, as decode_ref gives it. (F32 scales only: variants round scale*code + bias once,
+     * decode_ref twice.) */
     void (*decode_row[FM_QUANT_COUNT])(const fm_mat *W, int64_t r, float *y);
 
     /* y[c] = x[c] / sqrt(mean(x^2) + eps) * w[c]; y may be x. Bound: 8u * |y|. */
@@ -112,9 +123,11 @@ typedef struct fm_kernels {
 } fm_kernels;
 
 /* The table for this process: FLASHMOE_CPU's variant, or the best supported. FM_ERR_ARG for a variant that is
- * unknown or not supported here. Filled once; the pointer is good for ever. */
+ * unknown or not supported here. Filled once; the pointer is good for ever. The short form is EXACT. */
+fm_status fm_kernels_get_numeric(fm_numeric numeric, const fm_kernels **out);
 fm_status fm_kernels_get(const fm_kernels **out);
-/* A given variant's table (tests). Same errors. */
+/* A given variant's table (tests). Same errors. The short form is EXACT. */
+fm_status fm_kernels_variant_numeric(const char *name, fm_numeric numeric, fm_kernels *out);
 fm_status fm_kernels_variant(const char *name, fm_kernels *out);
 /* Names, weakest first; NULL past the end. supported tells whether CPU and OS can run it. */
 const char *fm_kernels_name(int i);

@@ -1,0 +1,90 @@
+/* Owns: the vector of the variant being compiled: types, the few operations that differ per ISA, e^x. The vec_*.h
+ * templates are written once over it; a kernels_<isa>.c includes them inside its target region after setting
+ * FM_VEC_ISA. Everything is static: each variant has its own copy under its own instruction set. */
+#ifndef FM_CPU_VEC_H
+#define FM_CPU_VEC_H
+
+#include "cpu/vec_types.h"
+
+/* Per ISA: vf_fma(a, b, c) = a*b + c in one rounding; vf_max (of two numbers); vf_round_i (to nearest even);
+ * vi_dp(acc, u, s): lane += sum of 4 products u8 * s8 (u < 128 unless DP_FULL_U8 is 1, where any u8 is right);
+ * v_transpose(d): d[i] lane r <- d[r] lane i; vf_from_f16: VL halves; v_unpack (3, 5, 6 bits). */
+#if FM_VEC_ISA == FM_VEC_AVX512
+#include "cpu/vec_avx512.h"
+#elif FM_VEC_ISA == FM_VEC_AVX2
+#include "cpu/vec_avx2.h"
+#elif FM_VEC_ISA == FM_VEC_NEON
+#include "cpu/vec_neon.h"
+#else
+#include "cpu/vec_portable.h"
+#endif
+
+FM_INLINE vf vf_from_bf16(const void *p)
+{
+    vh h;
+    memcpy(&h, p, sizeof h);
+    return (vf)(__builtin_convertvector(h, vu) << 16);
+}
+
+/* Sum of lanes by a fixed tree: (lane i) + (lane i + w/2), halving. */
+FM_INLINE float vf_sum(vf v)
+{
+#if VB == 64
+    v += __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+#elif VB == 32
+    v += __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
+    v += __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5);
+#else
+    v += __builtin_shufflevector(v, v, 2, 3, 0, 1);
+#endif
+    return v[0] + v[1];
+}
+
+FM_INLINE float vf_top(vf v)
+{
+    float a[VL];
+    vf_store(a, v);
+    float m = a[0];
+    for (int i = 1; i < VL; i++)
+        m = a[i] > m ? a[i] : m;
+    return m;
+}
+
+/* e^x: |error| <= 2 ulp for -87.3 <= x <= 88.7; 0 below (no denormals), +inf above, NaN stays NaN.
+ * x = k ln2 + r, |r| <= ln2/2, e^r by its Taylor series to r^7/7! (truncation < 2^-27). */
+FM_INLINE vf vf_exp(vf x)
+{
+    const vf log2e = vf_set(1.44269504088896f), ln2_hi = vf_set(0.693145751953125f),
+             ln2_lo = vf_set(1.42860682030941723e-6f);
+    const vi low = x < vf_set(-87.33654f), high = x > vf_set(88.72283f);
+    const vi nan = x != x;
+    const vf y = vf_select(low | high | nan, (vf){0}, x);
+    const vi k = vf_round_i(y * log2e);
+    const vf kf = __builtin_convertvector(k, vf);
+    const vf r = vf_fma(kf, -ln2_lo, vf_fma(kf, -ln2_hi, y));
+    vf p = vf_set(1.0f / 5040);
+    p = vf_fma(p, r, vf_set(1.0f / 720));
+    p = vf_fma(p, r, vf_set(1.0f / 120));
+    p = vf_fma(p, r, vf_set(1.0f / 24));
+    p = vf_fma(p, r, vf_set(1.0f / 6));
+    p = vf_fma(p, r, vf_set(0.5f));
+    p = vf_fma(p, r * r, r) + vf_set(1.0f);
+    /* 2^k in two factors: k = 128 alone would be inf */
+    const vi half = k >> 1;
+    p = p * (vf)((half + 127) << 23) * (vf)((k - half + 127) << 23);
+    p = vf_select(high, vf_set(INFINITY), vf_select(low, (vf){0}, p));
+    return vf_select(nan, x, p);
+}
+
+/* 1 / (1 + e^-x): bound 4u relative, and 0 where e^-x overflows. */
+FM_INLINE vf vf_sigmoid(vf x) { return vf_set(1.0f) / (vf_set(1.0f) + vf_exp(-x)); }
+
+FM_INLINE vf vf_silu(vf x)
+{
+    /* x = -inf: the limit, not -inf * 0 */
+    return vf_select(x < vf_set(-88.7f), (vf){0} * vf_set(1.0f), x / (vf_set(1.0f) + vf_exp(-x)));
+}
+
+#endif

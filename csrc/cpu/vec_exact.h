@@ -1,0 +1,197 @@
+/* Owns: numeric mode `exact` of matmul for every format: each weight is decoded to f32 (one rounding), products are
+ * accumulated in f32 by FMA. Lanes are columns: output (i, r) is the chain acc = fma(w[c..c+VL), x[c..c+VL), acc) for
+ * rising c, then vf_sum; a lane adds n_cols/VL terms, so the error stays below (n_cols/VL + 5) * u * S. */
+#ifndef FM_CPU_VEC_EXACT_H
+#define FM_CPU_VEC_EXACT_H
+
+#include "cpu/kernels.h"
+#include "cpu/vec.h"
+
+#if FM_VEC_ISA == FM_VEC_AVX2
+enum { EX_TB = 2 };
+#else
+enum { EX_TB = 4 };
+#endif
+enum {
+    EX_RB = 4,   /* weight rows of a block */
+    EX_KB = 512, /* decoded columns of a block: 8 KiB, stays in L1 */
+    EX_NB = 32,  /* rows of x per decoded block */
+};
+
+FM_INLINE float exact_number(const uint8_t *p, fm_quant format)
+{
+    uint32_t bits = 0;
+    float f;
+    if (format == FM_QUANT_F32) {
+        memcpy(&bits, p, 4);
+    } else if (format == FM_QUANT_BF16) {
+        memcpy((uint8_t *)&bits + 2, p, 2);
+    } else {
+        uint16_t h[VL] = {0};
+        memcpy(h, p, 2);
+        return vf_from_f16(h)[0];
+    }
+    memcpy(&f, &bits, 4);
+    return f;
+}
+
+/* n <= EX_KB columns of one row from column c (a multiple of EX_KB); w is written up to a multiple of VL. */
+FM_INLINE void exact_affine(const fm_mat *W, const uint8_t *code, const uint8_t *scale, const uint8_t *bias,
+                            int64_t have, int64_t n, int bits, float *w)
+{
+    const int64_t size = W->scale_format == FM_QUANT_F32 ? 4 : 2;
+    for (int64_t c = 0; c < n; c += VB) {
+        uint8_t u[VB];
+        const vb codes = v_unpack(code + c * bits / 8, have - c * bits / 8, bits);
+        memcpy(u, &codes, sizeof u);
+#pragma GCC unroll 4
+        for (int j = 0; j < VB; j += 16) { /* groups are whole sixteens */
+            if (c + j >= n)
+                break;
+            const int64_t g = (c + j) / W->group * size;
+            const vf s = vf_set(exact_number(scale + g, W->scale_format));
+            const vf b = vf_set(exact_number(bias + g, W->scale_format));
+#pragma GCC unroll 4
+            for (int i = j; i < j + 16; i += VL)
+                vf_store(w + c + i, vf_fma(vf_from_u8(u + i), s, b));
+        }
+    }
+}
+
+FM_INLINE void exact_plain(const uint8_t *p, fm_quant format, int64_t n, float *w)
+{
+    const int64_t size = format == FM_QUANT_F32 ? 4 : 2;
+    for (int64_t c = 0; c < n; c += VL) {
+        const int64_t have = n - c < VL ? n - c : VL;
+        vf v;
+        if (format == FM_QUANT_F32) {
+            v = (vf)vu_load_part(p + c * size, have);
+        } else {
+            const vh h = vh_load_part(p + c * size, have);
+            v = format == FM_QUANT_BF16 ? vf_from_bf16(&h) : vf_from_f16(&h);
+        }
+        vf_store(w + c, v);
+    }
+}
+
+FM_INLINE void exact_decode(const fm_mat *W, int64_t r, int64_t c, int64_t n, int bits, fm_quant plain, float *w)
+{
+    const uint8_t *code = W->codes + r * W->codes_stride + c * bits / 8;
+    if (bits >= 16) {
+        exact_plain(code, plain, n, w);
+        return;
+    }
+    const int64_t skip = r * W->scales_stride + c / W->group * (W->scale_format == FM_QUANT_F32 ? 4 : 2);
+    exact_affine(W, code, W->scales + skip, W->biases + skip, W->codes_stride - c * bits / 8, n, bits, w);
+}
+
+/* acc[t][r] += w[r] . x[t] over n columns. T is a constant. */
+FM_INLINE void exact_block(float (*w)[EX_KB], const float *const *x, int64_t n, vf (*acc)[EX_RB], int T)
+{
+    vf a[EX_TB][EX_RB];
+#pragma GCC unroll 8
+    for (int t = 0; t < T; t++)
+#pragma GCC unroll 8
+        for (int r = 0; r < EX_RB; r++)
+            a[t][r] = acc[t][r];
+    int64_t c = 0;
+    for (; c + VL <= n; c += VL)
+#pragma GCC unroll 8
+        for (int t = 0; t < T; t++) {
+            const vf v = vf_load(x[t] + c);
+#pragma GCC unroll 8
+            for (int r = 0; r < EX_RB; r++)
+                a[t][r] = vf_fma(vf_load(w[r] + c), v, a[t][r]);
+        }
+    if (c < n)
+        for (int t = 0; t < T; t++) {
+            const vf v = vf_load_part(x[t] + c, n - c);
+            for (int r = 0; r < EX_RB; r++)
+                a[t][r] = vf_fma(vf_load(w[r] + c), v, a[t][r]);
+        }
+#pragma GCC unroll 8
+    for (int t = 0; t < T; t++)
+#pragma GCC unroll 8
+        for (int r = 0; r < EX_RB; r++)
+            acc[t][r] = a[t][r];
+}
+
+FM_INLINE void exact_rows(const fm_act *a, int64_t i, int64_t nb, int64_t k0, int64_t kn, float (*w)[EX_KB],
+                          vf (*acc)[EX_RB])
+{
+    for (int64_t t = 0; t < nb; t += EX_TB) {
+        const float *x[EX_TB];
+        const int T = (int)(nb - t < EX_TB ? nb - t : EX_TB);
+        for (int j = 0; j < T; j++)
+            x[j] = a->x + (a->rows ? a->rows[i + t + j] : i + t + j) * a->ldx + k0;
+        switch (T) {
+        case 1: exact_block(w, x, kn, acc + t, 1); break;
+        case 2: exact_block(w, x, kn, acc + t, 2); break;
+#if FM_VEC_ISA != FM_VEC_AVX2
+        case 3: exact_block(w, x, kn, acc + t, 3); break;
+#endif
+        default: exact_block(w, x, kn, acc + t, EX_TB); break;
+        }
+    }
+}
+
+FM_INLINE void exact_matmul(const fm_mat *W, const fm_act *a, int64_t n, float *y, int64_t ldy, int64_t r0, int64_t r1,
+                            int bits, fm_quant plain)
+{
+    _Alignas(64) float w[EX_RB][EX_KB];
+    vf acc[EX_NB][EX_RB];
+    for (int64_t i = 0; i < n; i += EX_NB) {
+        const int64_t nb = n - i < EX_NB ? n - i : EX_NB;
+        for (int64_t r = r0; r < r1; r += EX_RB) {
+            memset(acc, 0, (size_t)nb * sizeof acc[0]);
+            for (int64_t k0 = 0; k0 < W->n_cols; k0 += EX_KB) {
+                const int64_t kn = W->n_cols - k0 < EX_KB ? W->n_cols - k0 : EX_KB;
+                for (int j = 0; j < EX_RB; j++)
+                    exact_decode(W, r + j < r1 ? r + j : r1 - 1, k0, kn, bits, plain, w[j]);
+                exact_rows(a, i, nb, k0, kn, w, acc);
+            }
+            for (int64_t t = 0; t < nb; t++)
+                for (int64_t j = 0; j < EX_RB && r + j < r1; j++)
+                    y[(i + t) * ldy + r + j] = vf_sum(acc[t][j]);
+        }
+    }
+}
+
+#define EXACT(name, ID, bits)                                                                      \
+    static void matmul_exact_##name(const fm_mat *W, const fm_act *a, int64_t n, float *y, int64_t ldy, int64_t r0, \
+                                    int64_t r1)                                                    \
+    {                                                                                              \
+        exact_matmul(W, a, n, y, ldy, r0, r1, bits, FM_QUANT_##ID);                                \
+    }                                                                                              \
+    static void decode_row_##name(const fm_mat *W, int64_t r, float *y)                            \
+    {                                                                                              \
+        _Alignas(64) float w[EX_KB];                                                               \
+        for (int64_t c = 0; c < W->n_cols; c += EX_KB) {                                           \
+            const int64_t n = W->n_cols - c < EX_KB ? W->n_cols - c : EX_KB;                       \
+            exact_decode(W, r, c, n, bits, FM_QUANT_##ID, w);                                      \
+            memcpy(y + c, w, (size_t)n * sizeof *y);                                               \
+        }                                                                                          \
+    }
+/* One body per width: the width must be a constant where bits are cut. */
+#define EXACT_LIST(X)                                                                              \
+    X(f32, F32, 32)                                                                                \
+    X(f16, F16, 16)                                                                                \
+    X(bf16, BF16, 16)                                                                              \
+    X(affine2, AFFINE2, 2)                                                                         \
+    X(affine3, AFFINE3, 3)                                                                         \
+    X(affine4, AFFINE4, 4)                                                                         \
+    X(affine5, AFFINE5, 5)                                                                         \
+    X(affine6, AFFINE6, 6)                                                                         \
+    X(affine8, AFFINE8, 8)
+EXACT_LIST(EXACT)
+
+FM_STATIC void exact_overlay(fm_kernels *k)
+{
+#define SET(name, ID, bits)                                                                        \
+    k->matmul[FM_QUANT_##ID] = matmul_exact_##name;                                                \
+    k->decode_row[FM_QUANT_##ID] = decode_row_##name;
+    EXACT_LIST(SET)
+#undef SET
+}
+
+#endif
