@@ -10,13 +10,6 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # oracle/ and fake_core
 
-try:
-    import flashmoe._core  # noqa: F401
-except ImportError:
-    import fake_core
-
-    sys.modules["flashmoe._core"] = fake_core.make_core()
-
 
 @pytest.fixture(scope="session")
 def root() -> Path:
