@@ -267,6 +267,40 @@ static void affine_bad_scales(void)
     free(c.memory);
 }
 
+/* What MLX itself makes of a group: mx.quantize(x, group_size=32, bits=b), mlx 0.32.4 on CPU, f32,
+ * x[i] = ((37 i) mod 64 - 29) / 16. */
+static const struct {
+    fm_quant q;
+    float scale, bias;
+    const char *codes;
+} mlx_golden[] = {
+    { FM_QUANT_AFFINE2, -0x1.1p+0f, 0x1.1p+1f, "7be39d7827de7827" },
+    { FM_QUANT_AFFINE3, -0x1.1p-1f, 0x1.1p+1f, "9fd5f0b30a5e0e31abe16715" },
+    { FM_QUANT_AFFINE4, -0x1.1p-2f, 0x1.1p+1f, "6f4c1ae8c593715d2b09d6a4826e3c1a" },
+    { FM_QUANT_AFFINE5, -0x1p-3f, 0x1.1p+1f, "bf696407f42c1b2a1e57b848e036b2247aa60f15" },
+    { FM_QUANT_AFFINE6, -0x1p-4f, 0x1.1p+1f, "bf5643ab11f297dca0839753af52029b1db187d863b39312" },
+    { FM_QUANT_AFFINE8, -0x1.f89468p-7f, 0x1.1p+1f,
+      "ff6ad741af1886f45dcb35a20c7ae751bf2996006edb45b31c8af861cf39a610" },
+};
+
+static void affine_same_as_mlx(void)
+{
+    affine_case c;
+    for (int k = 0; k < FM_COUNT(mlx_golden); k++) {
+        case_open(&c, mlx_golden[k].q, FM_QUANT_F32, 32, 1);
+        for (int i = 0; i < 32; i++)
+            c.x[i] = (float)(i * 37 % 64 - 29) / 16;
+        case_run(&c);
+        CHECK(fm_plain_load(FM_QUANT_F32, c.scales, 0) == mlx_golden[k].scale);
+        CHECK(fm_plain_load(FM_QUANT_F32, c.biases, 0) == mlx_golden[k].bias);
+        char hex[65] = "";
+        for (int i = 0; i < fm_quant_codes_bytes(c.q, 32); i++)
+            snprintf(hex + (size_t)2 * i, 3, "%02x", c.codes[i]);
+        CHECK(strcmp(hex, mlx_golden[k].codes) == 0);
+        free(c.memory);
+    }
+}
+
 /* Values worked out by hand from the formula: 4 bits, range [-0.75, 1.5]. */
 static void affine_known_answer(void)
 {
@@ -294,6 +328,7 @@ int main(void)
     RUN(affine_round_trip);
     RUN(affine_special_groups);
     RUN(affine_bad_scales);
+    RUN(affine_same_as_mlx);
     RUN(affine_known_answer);
     TEST_EXIT();
 }
