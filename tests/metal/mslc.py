@@ -23,7 +23,7 @@ from msl_rewrite import BUILTINS, MslError, rewrite  # noqa: E402
 
 HERE = Path(__file__).resolve().parent
 REPO = HERE.parents[1]
-KERNELS = REPO / "metal" / "kernels"
+KERNELS = Path(os.environ.get("FLASHMOE_METAL_KERNELS", REPO / "metal" / "kernels"))
 INCLUDE_DIRS = [REPO / "metal", KERNELS]
 CACHE = Path(os.environ.get("FLASHMOE_METAL_CACHE", REPO / "build" / "metal-tests"))
 CXX = os.environ.get("MSL_CXX", "clang++-19")

@@ -167,14 +167,14 @@ def test_embed(fmt):
     rng = np.random.default_rng(6)
     w = Matrix(rng, 11, cols_for(fmt, 127, 64), fmt).aligned(4)
     ids = np.array([0, 10, 3, 3], np.int32)
-    y = np.full((4, w.shape[1] + 3), 7.0, np.float32)
+    y = np.full((5, w.shape[1] + 3), 7.0, np.float32)
     a = args("fm_embed_args", n=4, n_cols=w.shape[1], ldy=y.shape[1],
              codes_stride=w.codes.shape[1], scales_stride=w.scales.shape[1])  # fmt: skip
     lib("matvec").run("embed_rows", {0: w.codes, 1: w.scales, 2: w.biases, 3: ids, 4: y, 5: a},
-                      threads=(y.shape[1], 4), tg=(32, 2), fc=constants(w))  # fmt: skip
-    got, exact = y[:, : w.shape[1]], w.values[ids]
+                      threads=(y.shape[1], 6), tg=(32, 2), fc=constants(w))  # fmt: skip
+    got, exact = y[:4, : w.shape[1]], w.values[ids]
     assert (np.abs(got - exact) <= 2.0**-23 * (np.abs(exact) + 1e-30)).all()
-    assert (y[:, w.shape[1] :] == 7).all()
+    assert (y[:, w.shape[1] :] == 7).all() and (y[4] == 7).all()
 
 
 @pytest.mark.parametrize("n_out", SIZES)

@@ -175,7 +175,9 @@ class Delta:
         self.qkv = f32(rng, n, 2 * hk * dk + hv * dv + 1)
         self.z, self.y = f32(rng, n, hv * dv + 2), nan(n, hv * dv + 3)
         self.a, self.b = f32(rng, n, hv + 1), f32(rng, n, hv + 1)
-        self.a_log = np.log(rng.uniform(0.1, 16, hv)).astype(np.float32)
+        rates = rng.uniform(0.1, 16, hv)
+        rates[1::2] *= 1e-3  # heads that remember over many chunks
+        self.a_log = np.log(rates).astype(np.float32)
         self.dt_bias, self.norm = f32(rng, hv), f32(rng, dv)
         self.s_in, self.s_out = f32(rng, hv, dk, dv) * np.float32(0.3), nan(hv, dk, dv)
         self.shape = args("fm_delta_shape", n=n, n_k_heads=hk, n_v_heads=hv, dk=dk, dv=dv,

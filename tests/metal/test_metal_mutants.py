@@ -1,0 +1,102 @@
+"""Planted kernel mistakes: each must be caught by the ordinary kernel tests in some mode.
+
+A mutant is (file, text, replacement, occurrence, tests, selection).  Modes are tried from the
+cheapest on until one fails; a mutant that passes them all means that the tests have a hole.
+"""
+
+import shutil
+
+import mslc
+import pytest
+from conftest import HERE, in_child, reports, run_tests
+
+MAT, OPS, MIX = (f"test_metal_{n}.py" for n in ("mat", "ops", "mixers"))
+MODES = [("", ""), ("", "rand7"), ("address", ""), ("thread", ""), ("undefined", "")]
+BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
+
+MUTANTS = {
+    # matvec
+    "block words": ("common.h", "row + b * FC_FORMAT", "row + b * 4", 0, MAT, "formats"),
+    "code mask": ("common.h", "(1u << FC_FORMAT) - 1", "(1u << FC_FORMAT) - 2", 1, MAT, "formats"),
+    "code crosses word": ("common.h", "w[bit / 32 + 1] <<", "w[bit / 32] <<", 0, MAT, "formats"),
+    "bf16 shift": ("common.h", "uint(bits) << 16", "uint(bits) << 15", 0, MAT, "formats"),
+    "group of block": ("matvec.metal", "b * 32 / FC_GROUP", "b * 32 / FC_GROUP + 1", 0, MAT, "groups"),
+    "second half group": ("matvec.metal", "FC_SCALE, g + 1), hi", "FC_SCALE, g), hi", 0, MAT, "groups"),
+    "bias term": ("matvec.metal", "x_sum[0] + x_sum[1]", "x_sum[0] - x_sum[1]", 0, MAT, "formats"),
+    "last row clamp": ("matvec.metal", "min(r0 + r, it.n_out - 1)", "ulong(r0 + r)", 0, MAT, "formats"),
+    "row past the end": ("matvec.metal", "r0 + r < it.n_out)", "r0 + r <= it.n_out)", 0, MAT, "plain_odd or formats"),
+    "gather": ("matvec.metal", "rows[it.row0 + t]", "rows[t]", 0, MAT, "items"),
+    "gate and up": ("matvec.metal", "silu(v) * simd_sum(acc_up[r])", "v * silu(simd_sum(acc_up[r]))", 0, MAT, "gated"),
+    "tail columns": ("matvec.metal", "n - n % 4 + lane),", "n - n % 4),", 0, MAT, "plain_odd"),
+    "tail bound": ("matvec.metal", "c + 4 <= n", "c <= n", 0, MAT, "plain_odd"),
+    "embed row": ("matvec.metal", "at.y >= a.n)", "at.y > a.n)", 0, MAT, "embed"),
+    # matmul
+    "ragged zero": ("matmul.metal", "if (i >= it.n) {", "if (i > it.n) {", 0, MAT, "ragged"),
+    "barrier after load": ("matmul.metal", BARRIER, "", 0, MAT, "formats or ragged"),
+    "barrier before load": ("matmul.metal", BARRIER, "", 1, MAT, "formats or ragged"),
+    "tile corner": ("matmul.metal", "sg % 2 * 16", "sg % 2 * 8", 0, MAT, "formats"),
+    "transpose": ("matmul.metal", "LD_TILE, ulong2(0, 0), true", "LD_TILE, ulong2(0, 0), false", 0, MAT, "ragged"),
+    "add in matmul": ("matmul.metal", "it.add ? *y + v : v", "v", 0, MAT, "items"),
+    # rows
+    "norm eps": ("rows.metal", "float(a.n_cols) + a.eps", "float(a.n_cols + a.eps)", 0, OPS, "rms_norm"),
+    "norm barrier": ("rows.metal", BARRIER, "", 0, OPS, "rms_norm"),
+    "rotary pair": ("rows.metal", "p[a.half_rot] = hi * f.x + lo * f.y", "p[a.half_rot] = hi * f.x - lo * f.y", 0, OPS, "rotary"),
+    "combine order": ("rows.metal", "part[ulong(index[e])", "part[ulong(e)", 0, OPS, "combine"),
+    "nonfinite mask": ("rows.metal", "& 0x7f800000u)", "& 0x7fffffffu)", 0, OPS, "nonfinite"),
+    # attention
+    "kv head": ("attention.metal", "h / (a.n_heads / a.n_kv_heads)", "h % a.n_kv_heads", 0, MIX, "attend_rows"),
+    "softmax shrink": ("attention.metal", "fma(sum, shrink, weight)", "sum + weight", 0, MIX, "attend_rows"),
+    "merge": ("attention.metal", "exp(tops[s] - all_top), all_sum", "1.0f, all_sum", 0, MIX, "attend_rows"),
+    "causal": ("attention.metal", "p0 + ki <= my_pos", "p0 + ki < my_pos + 2", 0, MIX, "attend_tiles"),
+    "value barrier": ("attention.metal", BARRIER, "", 3, MIX, "attend_tiles"),
+    "weights barrier": ("attention.metal", BARRIER, "", 4, MIX, "attend_tiles"),
+    "query bound": ("attention.metal", "f < n_flat ?", "f <= n_flat ?", 0, MIX, "attend_tiles"),
+    # delta
+    "conv tap": ("delta.metal", "w[c * a.kern + j]", "w[c * a.kern + a.kern - 1 - j]", 0, MIX, "conv"),
+    "conv state": ("delta.metal", "hist[(a.n + j) * a.n_ch + c]", "hist[j * a.n_ch + c]", 0, MIX, "conv"),
+    "decay after": ("delta.metal", "s[i] *= alpha; // decay first", "", 0, MIX, "test_delta and step"),
+    "read before": ("delta.metal", "o = fma(qs[row0 + i], s[i], o);", "o = fma(qs[row0 + i], s[i] - ks[row0 + i] * d, o);", 0, MIX, "test_delta and step"),
+    "step barrier": ("delta.metal", BARRIER, "", 0, MIX, "test_delta and step"),
+    "step barrier 2": ("delta.metal", BARRIER, "", 1, MIX, "test_delta and step"),
+    "key head": ("delta.metal", "h / (a.n_v_heads / a.n_k_heads)", "h % a.n_k_heads", 0, MIX, "test_delta and step"),
+    "solve": ("delta.metal", "fma(-kk[i][j]", "fma(kk[i][j]", 0, MIX, "test_delta and chunk"),
+    "chunk barrier": ("delta.metal", BARRIER, "", 5, MIX, "test_delta and chunk"),
+    "chunk barrier 2": ("delta.metal", BARRIER, "", 7, MIX, "test_delta and chunk"),
+    "chunk decay": ("delta.metal", "exp(last - decay[i])", "exp(last)", 0, MIX, "test_delta and chunk"),
+    "norm before gate": ("delta.metal", "s = fma(o[i], o[i], s);", "s = fma(o[i], zr[i], s);", 0, MIX, "test_delta"),
+    # topk
+    "tie rule": ("topk.metal", "keys[e] > key", "keys[e] >= key", 0, OPS, "route"),
+    "minus zero": ("topk.metal", "return 0x80000000u; // -0", "return bits; // -0", 0, OPS, "route"),
+    "renormalise": ("topk.metal", "sum + a.eps", "1.0f", 0, OPS, "route"),
+    "valid ids": ("topk.metal", "c < a.n_valid", "c < a.n_cols", 0, OPS, "argmax"),
+}  # fmt: skip
+
+
+def mutate(folder, file, text, new, occurrence):
+    shutil.copytree(mslc.REPO / "metal" / "kernels", folder)
+    path = folder / file
+    parts = path.read_text().split(text)
+    assert len(parts) > occurrence + 1, f"{file} no longer has this text {occurrence + 1} times"
+    at = occurrence + 1
+    path.write_text(text.join(parts[:at]) + new + text.join(parts[at:]))
+
+
+@in_child
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTANTS)
+def test_mutant_is_caught(name, tmp_path):
+    file, text, new, occurrence, tests, select = MUTANTS[name]
+    mutate(tmp_path / "kernels", file, text, new, occurrence)
+    for san, order in MODES:
+        env = {"FLASHMOE_METAL_KERNELS": str(tmp_path / "kernels"), "MSL_ORDER": order}
+        select_all = f"({select}) and not sanitizers"
+        status, output = run_tests(san, HERE / tests, "-k", select_all, env=env)
+        if status or reports(output):
+            return
+    pytest.fail(f"{file}: '{text}' -> '{new}' passes every mode")
+
+
+def test_texts_exist(tmp_path):
+    """Cheap: each mutant still applies to the kernels as they are."""
+    for n, (file, text, new, occurrence, _, _) in enumerate(MUTANTS.values()):
+        mutate(tmp_path / str(n), file, text, new, occurrence)
