@@ -31,8 +31,8 @@ static uint32_t gf_mul(uint32_t a, uint32_t b)
     return r;
 }
 
-/* The effect of n_bytes zero bytes on a CRC: times x^(8 n_bytes), one table per byte of the CRC. */
-static void shift_init(shift_table t, uint32_t n_bytes)
+/* x^(8 n_bytes): multiplying a CRC by it is the effect of n_bytes zero bytes. */
+static uint32_t zeros_power(size_t n_bytes)
 {
     uint32_t power = UINT32_C(1) << 31, square = UINT32_C(1) << 23; /* x^0, x^8 */
     for (; n_bytes != 0; n_bytes >>= 1) {
@@ -40,6 +40,18 @@ static void shift_init(shift_table t, uint32_t n_bytes)
             power = gf_mul(power, square);
         square = gf_mul(square, square);
     }
+    return power;
+}
+
+uint32_t fm_crc32c_combine(uint32_t crc_a, uint32_t crc_b, size_t bytes_b)
+{
+    return gf_mul(crc_a, zeros_power(bytes_b)) ^ crc_b;
+}
+
+/* The effect of n_bytes zero bytes, one table per byte of the CRC. */
+static void shift_init(shift_table t, uint32_t n_bytes)
+{
+    const uint32_t power = zeros_power(n_bytes);
     for (int k = 0; k < 4; k++)
         for (uint32_t i = 0; i < 256; i++)
             t[k][i] = gf_mul(i << 8 * k, power);

@@ -8,5 +8,7 @@
 #include <stdint.h>
 
 uint32_t fm_crc32c(uint32_t crc, const void *data, size_t bytes);
+/* The value of A followed by B, from the values of each and B's length. */
+uint32_t fm_crc32c_combine(uint32_t crc_a, uint32_t crc_b, size_t bytes_b);
 
 #endif
