@@ -95,7 +95,7 @@ def _values(
     out = {}
     for name, (dtype, a) in raw.items():
         base = name.removesuffix(".weight")
-        if name.rpartition(".")[0] + ".scales" in raw and not name.endswith(".weight"):
+        if name.endswith((".scales", ".biases")):
             continue
         if dtype != "U32":
             out[name] = _plain(dtype, a)
