@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import os
 import queue
+import signal
 import threading
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from flashmoe.engine import Engine
@@ -22,33 +24,50 @@ __all__ = ["interruptible"]
 def interruptible(engine: Engine, pieces: Iterator[Piece]) -> Iterator[Piece]:
     """Yield the pieces; the first Ctrl-C ends them with "cancelled", a second ends the process."""
     results: queue.SimpleQueue[Piece | BaseException | None] = queue.SimpleQueue()
+    interrupted = threading.Event()
 
     def work() -> None:
         try:
             for piece in pieces:
                 results.put(piece)
+                if interrupted.is_set():  # the signal came before there was anything to cancel
+                    engine.cancel()
             results.put(None)
         except BaseException as e:  # handed over to the main thread
             results.put(e)
 
+    def interrupt() -> None:
+        if interrupted.is_set():
+            os._exit(130)
+        interrupted.set()
+        engine.cancel()
+
     worker = threading.Thread(target=work, name="flashmoe-generate", daemon=True)
-    worker.start()
-    interrupted = False
-    try:
-        while True:
-            try:
-                result = results.get()
-                if result is None:
-                    return
+    with _on_sigint(interrupt):
+        worker.start()
+        try:
+            while (result := results.get()) is not None:
                 if isinstance(result, BaseException):
                     raise result
                 yield result
-            except KeyboardInterrupt:
-                if interrupted:
-                    os._exit(130)
-                interrupted = True
-                engine.cancel()
-    finally:  # also when the consumer left early
-        if worker.is_alive():
+        finally:  # also when the consumer left early
+            interrupted.set()
             engine.cancel()
-        worker.join()
+            worker.join()
+
+
+@contextmanager
+def _on_sigint(call: Callable[[], None]) -> Iterator[None]:
+    """Have Ctrl-C call this instead of raising KeyboardInterrupt, where handlers can be set."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handler(*_: Any) -> None:
+        call()
+
+    before = signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
