@@ -6,7 +6,6 @@ expert slots.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import threading
 import weakref
@@ -42,7 +41,6 @@ class Owner:
         self._pid = os.getpid()
         self._lock = threading.RLock()
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
-        _live.add(self)
 
     @contextmanager
     def exclusive(self) -> Iterator[_core.Engine]:
@@ -93,7 +91,7 @@ class Owner:
 
     def close(self) -> None:
         """Cancel what runs, close sessions and core; twice is fine."""
-        if os.getpid() != self._pid:  # the core's threads are not in the child: free nothing
+        if os.getpid() != self._pid:  # what the parent owns is not the child's to close
             self.closed = True
             return
         self.cancel()
@@ -120,16 +118,3 @@ class Owner:
             )
         if plan.slot_bytes and self.core.set_slots(want) > want:
             raise OutOfMemory(f"session {n_sessions}: the expert slots are in use; try again")
-
-
-_live: weakref.WeakSet[Owner] = weakref.WeakSet()
-
-
-def _after_fork_in_child() -> None:
-    # Freeing would wait for threads that exist in the parent only, so nothing is ever freed.
-    for owner in list(_live):
-        for core in [owner.core, *[s.core for s in list(owner._sessions)]]:
-            ctypes.pythonapi.Py_IncRef(ctypes.py_object(core))
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flashmoe.errors import ArgumentError, Cancelled, ModelFileError, StateError, StorageError
+from flashmoe.errors import ArgumentError, ModelFileError, StateError, StorageError
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -50,8 +51,6 @@ class Session:
         self.core = core
         self._tokens: list[int] = []
         self._closed = False
-        self._running = False
-        self._cancel = False
         self._has_logits = False
 
     @property
@@ -200,8 +199,7 @@ class Session:
 
     def cancel(self) -> None:
         """Make the running call, or else the next one, raise `Cancelled`; from any thread."""
-        self._cancel = True
-        if self._running:
+        with contextlib.suppress(StateError):  # closed meanwhile: nothing runs any more
             self.core.cancel()
 
     def close(self) -> None:
@@ -228,20 +226,11 @@ class Session:
         """Run one chunk and return how many tokens it took."""
         with self._owner.exclusive():
             self._check()
-            try:
-                self._running = True
-                if self._cancel:
-                    raise Cancelled("the session was cancelled")
-                if step:
-                    self.core.step(int(ids[0]))
-                    n = 1
-                else:
-                    n = int(self.core.prefill(ids))
-            except Cancelled:
-                self._cancel = False
-                raise
-            finally:
-                self._running = False
+            if step:
+                self.core.step(int(ids[0]))
+                n = 1
+            else:
+                n = int(self.core.prefill(ids))
             self._tokens.extend(ids[:n].tolist())
             self._has_logits = True
             return n

@@ -35,12 +35,12 @@ class FakeSession:
         if self.closed or self.engine.closed:
             raise StateError("closed")
         self.engine.calls.append((self, list(map(int, ids))))
-        self.cancelled.clear()
         if self.engine.faults:
             fault = self.engine.faults.pop(0)
             if fault is not None:
                 raise fault
-        if self.engine.delay and self.cancelled.wait(self.engine.delay):
+        if self.cancelled.wait(self.engine.delay):
+            self.cancelled.clear()
             raise Cancelled("cancelled")
         rows = []
         for i in ids:

@@ -136,7 +136,7 @@ def test_malformed_messages_are_refused(messages, match):
 def test_template_errors():
     with pytest.raises(ArgumentError, match="roles must alternate"):
         render("{{ raise_exception('roles must alternate') }}")
-    with pytest.raises(ModelFileError, match="t.jinja: line 2"):
+    with pytest.raises(ModelFileError, match=r"t\.jinja: line 2"):
         render("fine\n{% if %}")
     with pytest.raises(ArgumentError, match=r"t\.jinja"):
         render("{{ messages[0].content + 3 }}")

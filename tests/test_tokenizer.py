@@ -6,14 +6,16 @@ import json
 import random
 
 import pytest
-from tokenizers import AddedToken, Tokenizer as Backend, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Backend
 
 from flashmoe.errors import ArgumentError, ModelFileError, TokenizerError
 from flashmoe.tokenizer import Tokenizer
 
 TEXTS = [
-    "", " ", "Hello, world!", "naïve café", "日本語のテキスト", "👩‍👩‍👧‍👦 family", "a\u0301 combining",
-    "tabs\tand\r\nlines\n\n", "\x00\x7f control", "𝔘𝔫𝔦𝔠𝔬𝔡𝔢", "مرحبا", "12345 67",
+    "", " ", "Hello, world!", "naïve café", "日本語のテキスト", "👩‍👩‍👧‍👦 family",
+    "a\u0301 combining", "tabs\tand\r\nlines\n\n", "\x00\x7f control", "𝔘𝔫𝔦𝔠𝔬𝔡𝔢",
+    "مرحبا", "12345 67",
 ]  # fmt: skip
 
 
@@ -49,7 +51,7 @@ def byte_fallback(tmp_path_factory):
             decoders.ByteFallback(),
             decoders.Fuse(),
             decoders.Strip(" ", 1, 0),
-        ]  # fmt: skip
+        ]
     )
     return _save(t, tmp_path_factory.mktemp("fallback"))
 
@@ -152,7 +154,7 @@ def test_special_tokens_by_post_processor(noise_model, tmp_path):
 
 
 def test_refusals(tmp_path, byte_level):
-    with pytest.raises(TokenizerError, match="no tokenizer.json"):
+    with pytest.raises(TokenizerError, match=r"no tokenizer\.json"):
         Tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ModelFileError, match=r"tokenizer\.json"):
