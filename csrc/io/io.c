@@ -224,16 +224,17 @@ bool fm_io_advance(const fm_io *io, fm_io_req *req, const fm_io_part *part, int6
     return done >= wanted(req);
 }
 
+void fm_io_stop(fm_io_req *req) { req->ns_read = fm_clock_ns() - req->ns_read; }
+
 void fm_io_finish(fm_io *io, fm_io_req *req)
 {
-    const int64_t end = fm_clock_ns();
-    req->ns_read = end - req->ns_read;
     if (req->status == FM_OK) {
         if (io->tap.ctx != NULL)
             io->tap.on_data(io->tap.ctx, req);
         if (req->crc_bytes > 0) {
+            const int64_t start = fm_clock_ns();
             req->crc = fm_crc32c(0, (const uint8_t *)req->dst + req->crc_skip, req->crc_bytes);
-            req->ns_crc = fm_clock_ns() - end;
+            req->ns_crc = fm_clock_ns() - start;
         }
     }
     atomic_fetch_add(&io->n_reads, 1);
@@ -275,6 +276,7 @@ fm_status fm_io_read_sync(fm_io *io, int32_t file, int64_t off, size_t bytes, vo
         const ssize_t n = pread(part.fd, part.dst, part.bytes, part.off);
         finished = fm_io_advance(&view, &r, &part, n < 0 ? -errno : n);
     }
+    fm_io_stop(&r);
     fm_io_finish(io, &r);
     return fm_io_fail(io, &r, NULL);
 }

@@ -11,6 +11,7 @@
 #include <string.h>
 #include <time.h>
 
+#include "base/clock.h"
 #include "base/mem.h"
 #include "io/io_method.h"
 
@@ -52,7 +53,11 @@ static bool strikes(const fault *f, fault_kind kind, int64_t seq)
 static int64_t on_part(void *ctx, const fm_io_req *req, const fm_io_part *part, int64_t result)
 {
     const fault *const f = ctx;
-    if (f->delay_us > 0) {
+    if (f->delay_us > 0 && f->base->waiter_reaps) {
+        /* The thread that sees this must not sleep: let it ask again until the time has come. */
+        if (fm_clock_ns() - req->ns_read < f->delay_us * 1000)
+            return -EAGAIN;
+    } else if (f->delay_us > 0) {
         const struct timespec t = { f->delay_us / 1000000, f->delay_us % 1000000 * 1000 };
         nanosleep(&t, NULL);
     }

@@ -21,6 +21,7 @@ typedef struct fm_io_part {
 typedef struct fm_io_method {
     const char *name;
     bool can_direct;
+    bool waiter_reaps; /* parts are seen by whoever waits or submits, so nothing there may sleep */
     /* io has its files open and caps set; *state is handed to the other calls. */
     fm_status (*open)(fm_io *io, const fm_io_opts *opts, void **state);
     void (*close)(void *state);
@@ -67,7 +68,7 @@ void fm_io_start(fm_io_req *req);
 fm_io_part fm_io_next_part(const fm_io *io, const fm_io_req *req);
 /* result: bytes or -errno of that part. true: finished (status set); false: ask for the next part. */
 bool fm_io_advance(const fm_io *io, fm_io_req *req, const fm_io_part *part, int64_t result);
-/* Checksum, times, counters. After this the method may deliver it. */
-void fm_io_finish(fm_io *io, fm_io_req *req);
+void fm_io_stop(fm_io_req *req);                 /* the last byte is there: the clock stops */
+void fm_io_finish(fm_io *io, fm_io_req *req);    /* checksum and counters; then it may be delivered */
 
 #endif

@@ -6,17 +6,12 @@
 #include <errno.h>
 #include <pthread.h>
 #include <signal.h>
-#include <string.h>
 
 #include "base/clock.h"
 #include "base/mem.h"
+#include "io/io_queue.h"
 
-enum { DEFAULT_WORKERS = 8, MAX_WORKERS = 256, N_PRIORITIES = 2, STACK_BYTES = 256 << 10 };
-
-typedef struct queue {
-    fm_io_req *head, *tail;
-    int n;
-} queue;
+enum { DEFAULT_WORKERS = 8, MAX_WORKERS = 256, STACK_BYTES = 256 << 10 };
 
 typedef struct pool {
     fm_io *io;
@@ -24,7 +19,7 @@ typedef struct pool {
     void *ctx;
     pthread_mutex_t lock;
     pthread_cond_t work, completed;
-    queue queued[N_PRIORITIES], done;
+    fm_io_queue queued[FM_IO_N_PRIORITIES], done;
     int min_done; /* what the waiter waits for; 0: nobody waits */
     bool stop;
     int n_workers;
@@ -57,50 +52,11 @@ static int wait_until(pthread_cond_t *c, pthread_mutex_t *m, int64_t deadline_ns
 }
 #endif
 
-static void push(queue *q, fm_io_req *r)
-{
-    r->next = NULL;
-    if (q->tail != NULL)
-        q->tail->next = r;
-    else
-        q->head = r;
-    q->tail = r;
-    q->n++;
-}
-
-static fm_io_req *pop(queue *q)
-{
-    fm_io_req *const r = q->head;
-    if (r != NULL) {
-        q->head = r->next;
-        if (q->head == NULL)
-            q->tail = NULL;
-        r->next = NULL;
-        q->n--;
-    }
-    return r;
-}
-
-static bool take_out(queue *q, const fm_io_req *r)
-{
-    fm_io_req *before = NULL;
-    for (fm_io_req *i = q->head; i != NULL; before = i, i = i->next) {
-        if (i != r)
-            continue;
-        *(before != NULL ? &before->next : &q->head) = i->next;
-        if (q->tail == i)
-            q->tail = before;
-        q->n--;
-        return true;
-    }
-    return false;
-}
-
 /* Called with the lock held. */
 static void complete(pool *p, fm_io_req *r)
 {
     r->state = FM_IO_DONE;
-    push(&p->done, r);
+    fm_io_queue_push(&p->done, r);
     if (p->min_done > 0 && p->done.n >= p->min_done)
         pthread_cond_signal(&p->completed);
 }
@@ -113,13 +69,8 @@ static void read_request(pool *p, fm_io_req *r)
         const fm_io_part part = fm_io_next_part(p->io, r);
         finished = fm_io_advance(p->io, r, &part, p->read(p->ctx, r, &part));
     }
+    fm_io_stop(r);
     fm_io_finish(p->io, r);
-}
-
-static fm_io_req *next_request(pool *p)
-{
-    fm_io_req *r = pop(&p->queued[0]);
-    return r != NULL ? r : pop(&p->queued[1]);
 }
 
 static void *worker_main(void *arg)
@@ -127,7 +78,7 @@ static void *worker_main(void *arg)
     pool *const p = arg;
     pthread_mutex_lock(&p->lock);
     while (!p->stop) {
-        fm_io_req *const r = next_request(p);
+        fm_io_req *const r = fm_io_queue_pop_urgent(p->queued);
         if (r == NULL) {
             pthread_cond_wait(&p->work, &p->lock);
             continue;
@@ -207,7 +158,7 @@ fm_status fm_io_pool_submit(void *state, fm_io_req *const *reqs, int n)
     pool *const p = state;
     pthread_mutex_lock(&p->lock);
     for (int i = 0; i < n; i++)
-        push(&p->queued[reqs[i]->priority], reqs[i]);
+        fm_io_queue_push(&p->queued[reqs[i]->priority], reqs[i]);
     if (n == 1)
         pthread_cond_signal(&p->work);
     else
@@ -229,7 +180,7 @@ fm_status fm_io_pool_wait(void *state, fm_io_req **done, int max_done, int min_d
                             : wait_until(&p->completed, &p->lock, deadline);
     p->min_done = 0;
     while (n < max_done && p->done.n > 0)
-        done[n++] = pop(&p->done);
+        done[n++] = fm_io_queue_pop(&p->done);
     pthread_mutex_unlock(&p->lock);
     *n_done = n;
     return FM_OK;
@@ -239,7 +190,7 @@ void fm_io_pool_cancel(void *state, fm_io_req *req)
 {
     pool *const p = state;
     pthread_mutex_lock(&p->lock);
-    if (req->state == FM_IO_QUEUED && take_out(&p->queued[req->priority], req)) {
+    if (req->state == FM_IO_QUEUED && fm_io_queue_remove(&p->queued[req->priority], req)) {
         req->status = FM_ERR_CANCELLED;
         req->ns_queued = fm_clock_ns() - req->ns_queued;
         complete(p, req);

@@ -1,0 +1,62 @@
+/* Private to io/: a first-in-first-out list of requests, linked through them. Not locked. */
+#ifndef FM_IO_IO_QUEUE_H
+#define FM_IO_IO_QUEUE_H
+
+#include "io/io.h"
+
+enum { FM_IO_N_PRIORITIES = 2 };
+
+typedef struct fm_io_queue {
+    fm_io_req *head, *tail;
+    int n;
+} fm_io_queue;
+
+static inline void fm_io_queue_push(fm_io_queue *q, fm_io_req *r)
+{
+    r->next = NULL;
+    if (q->tail != NULL)
+        q->tail->next = r;
+    else
+        q->head = r;
+    q->tail = r;
+    q->n++;
+}
+
+static inline fm_io_req *fm_io_queue_pop(fm_io_queue *q)
+{
+    fm_io_req *const r = q->head;
+    if (r != NULL) {
+        q->head = r->next;
+        if (q->head == NULL)
+            q->tail = NULL;
+        r->next = NULL;
+        q->n--;
+    }
+    return r;
+}
+
+/* The oldest request of the most urgent priority that has one. */
+static inline fm_io_req *fm_io_queue_pop_urgent(fm_io_queue *by_priority)
+{
+    fm_io_req *r = NULL;
+    for (int i = 0; r == NULL && i < FM_IO_N_PRIORITIES; i++)
+        r = fm_io_queue_pop(&by_priority[i]);
+    return r;
+}
+
+static inline bool fm_io_queue_remove(fm_io_queue *q, const fm_io_req *r)
+{
+    fm_io_req *before = NULL;
+    for (fm_io_req *i = q->head; i != NULL; before = i, i = i->next) {
+        if (i != r)
+            continue;
+        *(before != NULL ? &before->next : &q->head) = i->next;
+        if (q->tail == i)
+            q->tail = before;
+        q->n--;
+        return true;
+    }
+    return false;
+}
+
+#endif
