@@ -75,6 +75,8 @@ static fm_status open_file(const char *path, bool direct, fm_io_file *f)
     if (!S_ISREG(st.st_mode))
         return fm_fail_path(FM_ERR_IO, S_ISDIR(st.st_mode) ? EISDIR : 0, path,
                             "not a regular file");
+    if (fcntl(f->fd, F_SETFL, 0) != 0) /* some file systems would answer EAGAIN to a ring */
+        return fm_fail_path(FM_ERR_IO, errno, path, "cannot make blocking");
     f->bytes = st.st_size;
     if (!direct)
         return FM_OK;

@@ -1,0 +1,402 @@
+/* Owns: reading through one Linux io_uring, by the kernel's ABI (no liburing). There is no thread of our
+ * own: whoever submits or waits fills the ring, and the waiter alone reaps while it sleeps in the kernel.
+ * A request that is dropped meanwhile (cancel) therefore wakes it with a no-op. */
+#include "io/io_method.h"
+
+#if defined(__linux__) && defined(__has_include)
+#if __has_include(<linux/io_uring.h>)
+#define HAVE_IO_URING 1
+#endif
+#endif
+
+#if defined(HAVE_IO_URING)
+#include <errno.h>
+#include <linux/io_uring.h>
+#include <poll.h>
+#include <pthread.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "base/clock.h"
+#include "base/log.h"
+#include "base/mem.h"
+#include "io/io_queue.h"
+
+enum { DEFAULT_DEPTH = 64, MAX_DEPTH = 1024, SPARE = 4 /* ring entries for no-ops */ };
+#define WAKE_UP UINT64_MAX /* user_data of a no-op; others are slot numbers */
+
+typedef struct slot {
+    fm_io_req *req;
+    fm_io_part part;
+} slot;
+
+typedef struct ring {
+    fm_io *io;
+    int fd;
+    bool fixed_files;
+    pthread_mutex_t lock;
+    bool waiting; /* the waiter sleeps in the kernel or is about to */
+    /* the kernel's rings, in one mapping */
+    void *rings;
+    size_t rings_bytes, sqes_bytes;
+    struct io_uring_sqe *sqes;
+    struct io_uring_cqe *cqes;
+    unsigned *sq_head, *sq_tail, *cq_head, *cq_tail, *sq_array;
+    unsigned sq_mask, cq_mask;
+    /* requests: queued -> a slot in the ring -> done */
+    fm_io_queue queued[FM_IO_N_PRIORITIES], done;
+    slot *slots;
+    int *free_slots;
+    int depth, n_free;
+} ring;
+
+static int ring_setup(unsigned entries, struct io_uring_params *p)
+{
+    return (int)syscall(__NR_io_uring_setup, entries, p);
+}
+
+static int ring_enter(int fd, unsigned n_submit, unsigned n_wait, unsigned flags)
+{
+    const int n = (int)syscall(__NR_io_uring_enter, fd, n_submit, n_wait, flags, NULL, 0);
+    return n < 0 ? -errno : n;
+}
+
+/* Entries the kernel has not taken yet. It may lag behind only after a refused enter. */
+static unsigned n_unsubmitted(const ring *r)
+{
+    return *r->sq_tail - __atomic_load_n(r->sq_head, __ATOMIC_ACQUIRE);
+}
+
+static int n_in_kernel(const ring *r) { return r->depth - r->n_free - (int)n_unsubmitted(r); }
+
+/* The next free entry. There always is one: the ring is larger than depth. */
+static struct io_uring_sqe *next_sqe(const ring *r)
+{
+    const unsigned tail = *r->sq_tail, at = tail & r->sq_mask;
+    memset(&r->sqes[at], 0, sizeof(r->sqes[at]));
+    r->sq_array[at] = at;
+    return &r->sqes[at];
+}
+
+static void push_sqe(ring *r) { __atomic_store_n(r->sq_tail, *r->sq_tail + 1, __ATOMIC_RELEASE); }
+
+static void push_part(ring *r, int i)
+{
+    slot *const s = &r->slots[i];
+    struct io_uring_sqe *const e = next_sqe(r);
+    s->part = fm_io_next_part(r->io, s->req);
+    e->opcode = IORING_OP_READ;
+    e->fd = r->fixed_files ? s->req->file : s->part.fd;
+    e->flags = r->fixed_files ? IOSQE_FIXED_FILE : 0;
+    e->off = (uint64_t)s->part.off;
+    e->addr = (uint64_t)(uintptr_t)s->part.dst;
+    e->len = (uint32_t)s->part.bytes;
+    e->user_data = (uint64_t)i;
+    push_sqe(r);
+}
+
+static void free_slot(ring *r, int i)
+{
+    r->slots[i].req = NULL;
+    r->free_slots[r->n_free++] = i;
+}
+
+/* One raw result: the request goes on, or joins the done ones. */
+static void advance(ring *r, int i, int64_t result)
+{
+    fm_io_req *const req = r->slots[i].req;
+    /* When a submitting thread ends, the kernel cancels what it had submitted: ask again. */
+    if (result == -ECANCELED)
+        result = -EAGAIN;
+    if (!fm_io_advance(r->io, req, &r->slots[i].part, result)) {
+        push_part(r, i);
+        return;
+    }
+    free_slot(r, i);
+    fm_io_stop(req);
+    req->state = FM_IO_DONE;
+    fm_io_queue_push(&r->done, req);
+}
+
+static void reap(ring *r)
+{
+    const unsigned tail = __atomic_load_n(r->cq_tail, __ATOMIC_ACQUIRE);
+    unsigned head = *r->cq_head;
+    for (; head != tail; head++) {
+        const struct io_uring_cqe cqe = r->cqes[head & r->cq_mask];
+        if (cqe.user_data != WAKE_UP)
+            advance(r, (int)cqe.user_data, cqe.res);
+    }
+    __atomic_store_n(r->cq_head, head, __ATOMIC_RELEASE);
+}
+
+/* The kernel refuses the ring itself (which should not happen): what it has not taken fails. */
+static void fail_unsubmitted(ring *r, int err)
+{
+    for (unsigned n = n_unsubmitted(r); n > 0; n--) {
+        const unsigned tail = *r->sq_tail - 1;
+        const uint64_t i = r->sqes[tail & r->sq_mask].user_data;
+        __atomic_store_n(r->sq_tail, tail, __ATOMIC_RELEASE);
+        if (i == WAKE_UP)
+            continue;
+        fm_io_req *const req = r->slots[i].req;
+        req->status = FM_ERR_IO;
+        req->err = err;
+        free_slot(r, (int)i);
+        fm_io_stop(req);
+        req->state = FM_IO_DONE;
+        fm_io_queue_push(&r->done, req);
+    }
+}
+
+/* Fill the ring from the queues, demand first, and hand it to the kernel. */
+static void pump(ring *r)
+{
+    while (r->n_free > 0) {
+        fm_io_req *const req = fm_io_queue_pop_urgent(r->queued);
+        if (req == NULL)
+            break;
+        const int i = r->free_slots[--r->n_free];
+        r->slots[i].req = req;
+        req->state = FM_IO_RUNNING;
+        fm_io_start(req);
+        push_part(r, i);
+    }
+    for (unsigned n = n_unsubmitted(r); n > 0; n = n_unsubmitted(r)) {
+        const int rc = ring_enter(r->fd, n, 0, 0);
+        if (rc >= 0 || rc == -EINTR)
+            continue;
+        if (rc != -EAGAIN && rc != -EBUSY) {
+            fail_unsubmitted(r, -rc);
+            return;
+        }
+        if (n_in_kernel(r) > 0) /* short of memory: a completion will bring us back here */
+            return;
+        const struct timespec pause = { 0, 100000 };
+        nanosleep(&pause, NULL);
+    }
+}
+
+static fm_status submit_uring(void *state, fm_io_req *const *reqs, int n)
+{
+    ring *const r = state;
+    pthread_mutex_lock(&r->lock);
+    for (int i = 0; i < n; i++)
+        fm_io_queue_push(&r->queued[reqs[i]->priority], reqs[i]);
+    if (!r->waiting)
+        reap(r);
+    pump(r);
+    pthread_mutex_unlock(&r->lock);
+    return FM_OK;
+}
+
+/* How many completions are worth waking up for: all that is missing, unless more requests stand by. */
+static unsigned worth_waiting(const ring *r, int n_missing)
+{
+    const int n = n_in_kernel(r);
+    for (int i = 0; i < FM_IO_N_PRIORITIES; i++)
+        if (r->queued[i].n > 0)
+            return 1;
+    return (unsigned)(n_missing < n ? n_missing : n > 1 ? n : 1);
+}
+
+/* Sleep until something completes; false when the time is up. */
+static bool sleep_in_kernel(const ring *r, unsigned n_wait, int64_t deadline_ns)
+{
+    if (deadline_ns < 0) {
+        (void)ring_enter(r->fd, 0, n_wait, IORING_ENTER_GETEVENTS);
+        return true;
+    }
+    const int64_t left = deadline_ns - fm_clock_ns();
+    if (left <= 0)
+        return false;
+    struct pollfd p = { .fd = r->fd, .events = POLLIN };
+    (void)poll(&p, 1, (int)(left / 1000000 < 1000 ? (left + 999999) / 1000000 : 1000));
+    return true;
+}
+
+static fm_status wait_uring(void *state, fm_io_req **done, int max_done, int min_done,
+                            int64_t timeout_ns, int *n_done)
+{
+    ring *const r = state;
+    const int64_t deadline = timeout_ns < 0 ? -1 : fm_clock_ns() + timeout_ns;
+    int n = 0;
+    pthread_mutex_lock(&r->lock);
+    r->waiting = true;
+    for (bool in_time = true; in_time;) {
+        reap(r);
+        pump(r);
+        if (r->done.n >= min_done)
+            break;
+        const unsigned n_wait = worth_waiting(r, min_done - r->done.n);
+        pthread_mutex_unlock(&r->lock);
+        in_time = sleep_in_kernel(r, n_wait, deadline);
+        pthread_mutex_lock(&r->lock);
+    }
+    r->waiting = false;
+    while (n < max_done && r->done.n > 0)
+        done[n++] = fm_io_queue_pop(&r->done);
+    pthread_mutex_unlock(&r->lock);
+    for (int i = 0; i < n; i++)
+        if (done[i]->status != FM_ERR_CANCELLED)
+            fm_io_finish(r->io, done[i]);
+    *n_done = n;
+    return FM_OK;
+}
+
+static void cancel_uring(void *state, fm_io_req *req)
+{
+    ring *const r = state;
+    pthread_mutex_lock(&r->lock);
+    if (req->state == FM_IO_QUEUED && fm_io_queue_remove(&r->queued[req->priority], req)) {
+        req->status = FM_ERR_CANCELLED;
+        req->state = FM_IO_DONE;
+        req->ns_queued = fm_clock_ns() - req->ns_queued;
+        fm_io_queue_push(&r->done, req);
+        if (r->waiting && n_unsubmitted(r) == 0) {
+            struct io_uring_sqe *const e = next_sqe(r);
+            e->opcode = IORING_OP_NOP;
+            e->user_data = WAKE_UP;
+            push_sqe(r);
+            pump(r);
+        }
+    }
+    pthread_mutex_unlock(&r->lock);
+}
+
+static void unmap_ring(ring *r)
+{
+    if (r->sqes != NULL)
+        munmap(r->sqes, r->sqes_bytes);
+    if (r->rings != NULL)
+        munmap(r->rings, r->rings_bytes);
+    if (r->fd >= 0)
+        close(r->fd);
+    fm_free(r->free_slots);
+    fm_free(r->slots);
+    fm_free(r);
+}
+
+static void close_uring(void *state)
+{
+    ring *const r = state;
+    pthread_mutex_lock(&r->lock);
+    memset(r->queued, 0, sizeof(r->queued));
+    /* The kernel still writes to the callers' memory: stay until it has finished. */
+    for (reap(r); r->n_free < r->depth; reap(r)) {
+        pump(r);
+        (void)ring_enter(r->fd, 0, 1, IORING_ENTER_GETEVENTS);
+    }
+    pthread_mutex_unlock(&r->lock);
+    pthread_mutex_destroy(&r->lock);
+    unmap_ring(r);
+}
+
+static fm_status map_ring(ring *r, const struct io_uring_params *p)
+{
+    const size_t sq = p->sq_off.array + p->sq_entries * sizeof(unsigned);
+    const size_t cq = p->cq_off.cqes + p->cq_entries * sizeof(struct io_uring_cqe);
+    const int prot = PROT_READ | PROT_WRITE, flags = MAP_SHARED | MAP_POPULATE;
+    r->rings_bytes = sq > cq ? sq : cq;
+    r->sqes_bytes = p->sq_entries * sizeof(struct io_uring_sqe);
+    uint8_t *const m = mmap(NULL, r->rings_bytes, prot, flags, r->fd, IORING_OFF_SQ_RING);
+    if (m == MAP_FAILED)
+        return fm_fail(FM_ERR_NOMEM, "io_uring: cannot map the rings: %s", strerror(errno));
+    r->rings = m;
+    void *const sqes = mmap(NULL, r->sqes_bytes, prot, flags, r->fd, IORING_OFF_SQES);
+    if (sqes == MAP_FAILED)
+        return fm_fail(FM_ERR_NOMEM, "io_uring: cannot map the entries: %s", strerror(errno));
+    r->sqes = sqes;
+    r->sq_head = (unsigned *)(m + p->sq_off.head);
+    r->sq_tail = (unsigned *)(m + p->sq_off.tail);
+    r->sq_mask = *(unsigned *)(m + p->sq_off.ring_mask);
+    r->sq_array = (unsigned *)(m + p->sq_off.array);
+    r->cq_head = (unsigned *)(m + p->cq_off.head);
+    r->cq_tail = (unsigned *)(m + p->cq_off.tail);
+    r->cq_mask = *(unsigned *)(m + p->cq_off.ring_mask);
+    r->cqes = (struct io_uring_cqe *)(m + p->cq_off.cqes);
+    return FM_OK;
+}
+
+/* Spares the kernel a look-up per read. Refused (too many files): plain descriptors do too. */
+static fm_status register_files(ring *r)
+{
+    void *fds = NULL;
+    FM_TRY(fm_alloc((size_t)r->io->n_files * sizeof(int), &fds));
+    for (int i = 0; i < r->io->n_files; i++) {
+        const fm_io_file *const f = &r->io->files[i];
+        ((int *)fds)[i] = r->io->caps.direct ? f->fd_direct : f->fd;
+    }
+    r->fixed_files = syscall(__NR_io_uring_register, r->fd, IORING_REGISTER_FILES, fds,
+                             r->io->n_files) == 0;
+    if (!r->fixed_files)
+        fm_log(FM_LOG_DEBUG, "io_uring: files not registered: %s", strerror(errno));
+    fm_free(fds);
+    return FM_OK;
+}
+
+static fm_status start_ring(ring *r)
+{
+    struct io_uring_params p = { .flags = IORING_SETUP_CLAMP };
+    void *memory = NULL;
+    r->fd = ring_setup((unsigned)(r->depth + SPARE), &p);
+    if (r->fd < 0)
+        return fm_fail(FM_ERR_UNSUPPORTED, "io_uring: the kernel refuses it: %s", strerror(errno));
+    const unsigned needed = IORING_FEAT_SINGLE_MMAP | IORING_FEAT_NODROP | IORING_FEAT_FAST_POLL;
+    if ((p.features & needed) != needed)
+        return fm_fail(FM_ERR_UNSUPPORTED, "io_uring: needs Linux 5.7 or newer");
+    FM_TRY(map_ring(r, &p));
+    FM_TRY(fm_alloc((size_t)r->depth * sizeof(slot), &memory));
+    r->slots = memory;
+    FM_TRY(fm_alloc((size_t)r->depth * sizeof(int), &memory));
+    r->free_slots = memory;
+    for (int i = r->depth; i-- > 0;)
+        r->free_slots[r->n_free++] = i;
+    return register_files(r);
+}
+
+static fm_status open_uring(fm_io *io, const fm_io_opts *opts, void **state)
+{
+    void *memory = NULL;
+    const int depth = opts->n_workers > 0 ? opts->n_workers : DEFAULT_DEPTH;
+    if (depth > MAX_DEPTH)
+        return fm_fail(FM_ERR_ARG, "io_uring: depth %d asked, 1 to %d are possible", depth,
+                       MAX_DEPTH);
+    FM_TRY(fm_alloc(sizeof(ring), &memory));
+    ring *const r = memory;
+    r->io = io;
+    r->fd = -1;
+    r->depth = depth;
+    const fm_status s = start_ring(r);
+    if (s != FM_OK) {
+        unmap_ring(r);
+        return s;
+    }
+    pthread_mutex_init(&r->lock, NULL);
+    *state = r;
+    return FM_OK;
+}
+
+const fm_io_method fm_io_method_uring = {
+    .name = "uring",
+    .can_direct = true,
+    .waiter_reaps = true,
+    .open = open_uring,
+    .close = close_uring,
+    .submit = submit_uring,
+    .wait = wait_uring,
+    .cancel = cancel_uring,
+};
+
+#else
+static fm_status open_absent(fm_io *io, const fm_io_opts *opts, void **state)
+{
+    (void)io, (void)opts, (void)state;
+    return fm_fail(FM_ERR_UNSUPPORTED, "I/O method 'uring' needs Linux and was not built in");
+}
+
+const fm_io_method fm_io_method_uring = { .name = "uring", .can_direct = true, .open = open_absent };
+#endif
