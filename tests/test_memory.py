@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import struct
+import subprocess
+import sys
+
+import numpy as np
 import pytest
 from fake_core import MIB
 
@@ -205,3 +211,89 @@ def test_cgroup_v1_limit(tmp_path):
 def test_this_process():
     assert 10 * MIB < resident_bytes() < 16 * GIB
     assert available_bytes()[0] > 0
+
+
+# ---- the plan is kept ----
+
+BIG = {"hidden": 256, "width": 512, "experts": 512, "layers": 4, "vocab": 320, "k": 8}
+
+
+@pytest.fixture(scope="module")
+def big_checkpoint(tmp_path_factory, root):
+    """1.6 GB of experts in a sparse file: routed by random weights, all zeros themselves."""
+    sys.path.insert(0, str(root / "tools"))
+    try:
+        import make_noise_model as noise
+    finally:
+        sys.path.pop(0)
+    folder = tmp_path_factory.mktemp("big")
+    h, n = BIG["hidden"], BIG["experts"]
+    config = {
+        "model_type": "qwen3_moe", "hidden_size": h, "num_hidden_layers": BIG["layers"],
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 320,
+        "num_experts": n, "num_experts_per_tok": BIG["k"], "moe_intermediate_size": BIG["width"],
+        "intermediate_size": 64, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+        "max_position_embeddings": 4096, "tie_word_embeddings": True, "norm_topk_prob": True,
+        "hidden_act": "silu", "mlp_only_layers": [], "decoder_sparse_step": 1,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    rng = np.random.default_rng(0)
+    small = {"model.embed_tokens.weight": (320, h), "model.norm.weight": (h,)}
+    experts = {}
+    for i in range(BIG["layers"]):
+        p = f"model.layers.{i}."
+        small |= {p + f"{name}_layernorm.weight": (h,) for name in ("input", "post_attention")}
+        p += "self_attn."
+        small |= {p + f"{x}_proj.weight": (m, h) for x, m in (("q", 128), ("k", 64), ("v", 64))}
+        small |= {p + "o_proj.weight": (h, 128), p + "q_norm.weight": (32,)}
+        small |= {p + "k_norm.weight": (32,), f"model.layers.{i}.mlp.gate.weight": (n, h)}
+        for e in range(n):
+            p = f"model.layers.{i}.mlp.experts.{e}."
+            for x in ("gate", "up"):
+                experts[p + f"{x}_proj.weight"] = (BIG["width"], h)
+            experts[p + "down_proj.weight"] = (h, BIG["width"])
+    header, at, data = {}, 0, b""
+    for name, shape in small.items():
+        data += noise.bfloat16(rng.standard_normal(shape).astype(np.float32))
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, len(data)]}
+        at = len(data)
+    for name, shape in experts.items():
+        end = at + 2 * shape[0] * shape[1]
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header).encode()
+    with open(folder / "model.safetensors", "wb") as f:
+        f.write(struct.pack("<Q", len(text)) + text + data)
+        f.truncate(8 + len(text) + at)
+    return folder
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc for the peak")
+@pytest.mark.parametrize("io", ["direct", "pread"])
+def test_peak_memory_stays_within_the_budget(big_checkpoint, io):
+    """Experts ten times the budget; the peak is the kernel's own count for a fresh process."""
+    code = f"""
+import re, sys
+from flashmoe import Engine, UnsupportedError
+try:
+    engine = Engine({str(big_checkpoint)!r}, memory="150MiB", io={io!r}, threads=2, context=1024)
+except UnsupportedError as e:
+    print("skip", e)
+    sys.exit()
+plan = engine.plan
+assert plan.experts_bytes >= 10 * plan.budget_bytes, plan
+ids = [(i * 37) % 320 for i in range(200)]
+engine.generate(ids, max_tokens=40, ignore_eos=True, seed=1)
+engine.logits(ids)
+stats = engine.stats()
+assert stats["misses"] > plan.n_slots, stats
+engine.close()
+peak = re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]
+print(int(peak) * 1024, plan.budget_bytes)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    if done.stdout.startswith("skip"):
+        pytest.skip(done.stdout.strip())
+    peak, budget = map(int, done.stdout.split())
+    assert peak <= budget, f"{peak / MIB:.1f} MiB of {budget / MIB:.1f}"
