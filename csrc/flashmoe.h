@@ -12,6 +12,7 @@
 #include <stdint.h>
 
 #include "base/status.h"
+#include "base/trace.h"
 
 typedef struct fm_engine fm_engine;
 typedef struct fm_session fm_session;
@@ -37,8 +38,11 @@ typedef struct fm_engine_opts {
     const char *io_fault;      /* tests: script for the "fault" method */
     const char *backend;       /* NULL: "cpu" */
     bool verify;               /* check recorded checksums on every expert read */
+    const char *cache_policy;  /* a name of store/expert_cache.h; NULL: "lru" */
+    size_t split_bytes;        /* read an expert in parts of about this size; 0: the default */
+    int64_t lookahead;         /* experts guessed per row for the next layer while its mixer computes; 0: none */
 } fm_engine_opts;
-#define FM_ENGINE_OPTS_INIT { 0, 4096, 512, 0, 0, NULL, false, 0, NULL, NULL, true }
+#define FM_ENGINE_OPTS_INIT { 0, 4096, 512, 0, 0, NULL, false, 0, NULL, NULL, true, NULL, 0, 0 }
 
 /* Bytes that open and create will take; nothing is read or allocated. */
 typedef struct fm_engine_plan {
@@ -58,6 +62,7 @@ typedef struct fm_engine_info {
 typedef struct fm_engine_stats {
     int64_t prefill_tokens, prefill_ns, decode_tokens, decode_ns, n_forwards;
     int64_t hits, misses, n_reads, bytes_read, read_ns, crc_ns, n_failed_reads;
+    int64_t guessed, guess_used, guess_wasted_bytes; /* experts read ahead on a guess; of them, used */
     int64_t embed_ns, attention_ns, delta_ns, router_ns, experts_ns, wait_ns, shared_ns, mlp_ns, head_ns;
 } fm_engine_stats;
 
@@ -70,6 +75,10 @@ FM_API fm_status fm_engine_get_stats(fm_engine *e, fm_engine_stats *out);
 FM_API fm_status fm_engine_reset_stats(fm_engine *e);
 /* Shrink or grow the expert slots within what was opened; *now is their number. */
 FM_API fm_status fm_engine_set_slots(fm_engine *e, int32_t n_slots, int32_t *now);
+
+/* Record up to capacity events from now on; take copies them out and stops. */
+FM_API fm_status fm_engine_trace_start(fm_engine *e, int64_t capacity);
+FM_API fm_status fm_engine_trace_take(fm_engine *e, fm_trace_event *out, int64_t capacity, int64_t *n, int64_t *n_lost);
 
 /* context 0: the engine's. */
 FM_API fm_status fm_session_create(fm_engine *e, int64_t context, fm_session **out);

@@ -134,6 +134,7 @@ py::dict stats_dict(const Engine &e)
 #define FIELD(name) out[#name] = s.name;
     FIELD(prefill_tokens) FIELD(prefill_ns) FIELD(decode_tokens) FIELD(decode_ns) FIELD(n_forwards)
     FIELD(hits) FIELD(misses) FIELD(n_reads) FIELD(bytes_read) FIELD(read_ns) FIELD(crc_ns) FIELD(n_failed_reads)
+    FIELD(guessed) FIELD(guess_used) FIELD(guess_wasted_bytes)
     FIELD(embed_ns) FIELD(attention_ns) FIELD(delta_ns) FIELD(router_ns) FIELD(experts_ns) FIELD(wait_ns)
     FIELD(shared_ns) FIELD(mlp_ns) FIELD(head_ns)
 #undef FIELD
@@ -185,6 +186,17 @@ py::dict forward(const Engine &e, const std::vector<std::shared_ptr<Session>> &s
     d["router"] = router;
     d["hidden"] = hidden;
     return d;
+}
+
+// Events as a structured array: kind, layer, id, t0 and t1 [ns], bytes.
+py::tuple trace_take(const Engine &e, int64_t capacity)
+{
+    std::vector<fm_trace_event> events((size_t)capacity);
+    int64_t n = 0, lost = 0;
+    check(fm_engine_trace_take(e.get(), events.data(), capacity, &n, &lost));
+    py::array_t<fm_trace_event> a(n);
+    std::copy(events.begin(), events.begin() + n, a.mutable_data());
+    return py::make_tuple(a, lost);
 }
 
 int64_t prefill(const Session &s, const Ids &ids)
@@ -240,6 +252,7 @@ void load(const Session &s, const py::bytes &data)
 
 void bind_engine(py::module_ &m)
 {
+    PYBIND11_NUMPY_DTYPE(fm_trace_event, kind, layer, id, reserved, t0_ns, t1_ns, bytes);
     py::class_<Engine, std::shared_ptr<Engine>>(m, "Engine")
         .def(py::init<const py::dict &, const py::dict &>(), py::arg("desc"), py::arg("opts"))
         .def_static("plan", &plan, py::arg("desc"), py::arg("opts"))
@@ -258,6 +271,9 @@ void bind_engine(py::module_ &m)
              })
         .def("stats", &stats_dict)
         .def("reset_stats", [](const Engine &e) { check(fm_engine_reset_stats(e.get())); })
+        .def("trace_start", [](const Engine &e, int64_t capacity) { check(fm_engine_trace_start(e.get(), capacity)); },
+             py::arg("capacity"))
+        .def("trace_take", &trace_take, py::arg("capacity"))
         .def("close", &Engine::close)
         .def_property_readonly("info", &info_dict);
 

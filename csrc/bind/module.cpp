@@ -17,6 +17,7 @@ extern "C" {
 #include "io/io_list.h"
 #include "model/arch_list.h"
 #include "quant/quant.h"
+#include "store/expert_cache.h"
 }
 
 namespace py = pybind11;
@@ -71,6 +72,18 @@ PYBIND11_MODULE(_core, m)
 #define X(name) names.push_back(#name);
         FM_ARCH_LIST(X)
 #undef X
+        return names;
+    });
+    m.def("cache_policies", [] {
+        std::vector<std::string> names;
+        for (int i = 0; fm_cache_policy_name(i); i++)
+            names.push_back(fm_cache_policy_name(i));
+        return names;
+    });
+    m.def("trace_kinds", [] {
+        std::vector<std::string> names;
+        for (int i = 0; fm_trace_kind_name(i); i++)
+            names.push_back(fm_trace_kind_name(i));
         return names;
     });
     m.def("quant_formats", [] {

@@ -6,6 +6,7 @@
 #include "base/crc32c.h"
 #include "base/mem.h"
 #include "engine/engine_impl.h"
+#include "store/expert_layout.h"
 
 /* ---- plan ------------------------------------------------------------------------------------------- */
 
@@ -15,6 +16,8 @@ static fm_status check_opts(const fm_config *c, const fm_engine_opts *o, int64_t
         return fm_fail(FM_ERR_ARG, "context is %" PRId64 ", must be at least 1", o->context);
     if (o->max_rows < 1 || o->max_rows > 65536)
         return fm_fail(FM_ERR_ARG, "rows per forward: %" PRId64 ", must be 1 to 65536", o->max_rows);
+    if (o->lookahead < 0 || o->lookahead > FM_MAX_TOP_K)
+        return fm_fail(FM_ERR_ARG, "lookahead: %" PRId64 " experts, must be 0 to %d", o->lookahead, FM_MAX_TOP_K);
     if (o->n_threads < 0 || o->n_threads > 1024)
         return fm_fail(FM_ERR_ARG, "threads: %d, must be 1 to 1024", o->n_threads);
     *k = o->experts_per_token ? o->experts_per_token : c->num_experts_per_tok;
@@ -60,7 +63,7 @@ fm_status fm_engine_plan_bytes(const fm_engine_model *model, const fm_engine_opt
         p.expert_record_bytes_max = bytes > p.expert_record_bytes_max ? bytes : p.expert_record_bytes_max;
     }
     if (model->desc->n_expert_layers > 0) {
-        FM_TRY(fm_experts_slot_bytes(model->desc, opts->io_direct ? FM_IO_ALIGN : 1, &p.slot_bytes));
+        p.slot_bytes = fm_expert_layout_max(model->desc, opts->io_direct ? FM_IO_ALIGN : 1);
         p.n_slots_min = k;
     }
     *out = p;
@@ -127,11 +130,15 @@ static fm_status open_parts(fm_engine *e, const fm_engine_model *model, const fm
     if (e->desc->n_expert_layers > 0) {
         if (o->n_slots != 0 && o->n_slots < k)
             return fm_fail(FM_ERR_ARG, "%d expert slots, %" PRId64 " experts per token need at least as many", o->n_slots, k);
-        const fm_experts_opts x = {o->n_slots ? o->n_slots : (int32_t)k, o->verify};
+        fm_experts_opts x = {.n_slots = o->n_slots ? o->n_slots : (int32_t)k, .verify = o->verify};
+        FM_TRY(fm_cache_policy_find(o->cache_policy ? o->cache_policy : "lru", &x.policy));
+        x.split_bytes = o->split_bytes;
         FM_TRY(fm_experts_open(e->desc, e->io, e->be, &x, &e->experts));
     }
     FM_TRY(open_lists(e, o->max_rows));
-    return fm_model_open(arch, c, e->be, e->weights, e->experts, k, o->max_rows, &e->model);
+    FM_TRY(fm_model_open(arch, c, e->be, e->weights, e->experts, k, o->max_rows, &e->model));
+    e->model->lookahead = o->lookahead;
+    return FM_OK;
 }
 
 static void close_parts(fm_engine *e)
@@ -256,6 +263,9 @@ fm_status fm_engine_get_stats(fm_engine *e, fm_engine_stats *out)
         s.read_ns = x.read_ns;
         s.crc_ns = x.crc_ns;
         s.n_failed_reads = x.n_failed;
+        s.guessed = x.guessed;
+        s.guess_used = x.guess_used;
+        s.guess_wasted_bytes = x.guess_wasted_bytes;
     }
 #define X(name) s.name##_ns = e->model->phases.name##_ns;
     FM_PHASE_LIST(X)
@@ -294,3 +304,31 @@ fm_status fm_engine_set_slots(fm_engine *e, int32_t n_slots, int32_t *now)
 }
 
 uint32_t fm_checksum(uint32_t crc, const void *data, size_t bytes) { return fm_crc32c(crc, data, bytes); }
+
+/* ---- trace ---------------------------------------------------------------------------------------------------- */
+
+fm_status fm_engine_trace_start(fm_engine *e, int64_t capacity)
+{
+    FM_TRY(fm_engine_enter(e));
+    fm_trace_close(&e->model->trace);
+    const fm_status s = fm_trace_open(&e->model->trace, capacity);
+    if (e->experts)
+        fm_experts_set_trace(e->experts, s == FM_OK ? &e->model->trace : NULL);
+    fm_engine_leave(e);
+    return s;
+}
+
+fm_status fm_engine_trace_take(fm_engine *e, fm_trace_event *out, int64_t capacity, int64_t *n, int64_t *n_lost)
+{
+    FM_TRY(fm_engine_enter(e));
+    fm_trace *t = &e->model->trace;
+    *n = t->n < capacity ? t->n : capacity;
+    *n_lost = t->n_lost + t->n - *n;
+    if (*n > 0)
+        memcpy(out, t->events, (size_t)*n * sizeof *out);
+    if (e->experts)
+        fm_experts_set_trace(e->experts, NULL);
+    fm_trace_close(t);
+    fm_engine_leave(e);
+    return FM_OK;
+}

@@ -11,6 +11,10 @@ fm_status fm_block_delta(fm_model *m, const fm_batch *b, int32_t layer);
 fm_status fm_block_moe(fm_model *m, const fm_batch *b, int32_t layer);
 fm_status fm_block_mlp(fm_model *m, const fm_batch *b, int32_t layer);
 
+/* Start reading what the next layer may want, while its mixer computes: its router on this layer's output when a
+ * few rows decode, everything in order when the rows will want nearly all. */
+fm_status fm_guess_next(fm_model *m, const fm_batch *b, int32_t layer);
+
 /* Scratch of each part, taken from an arena (twice: measuring, then for real). */
 void fm_scratch_attn(fm_scratch *s, const fm_config *c, int64_t rows, fm_arena *a);
 void fm_scratch_delta(fm_scratch *s, const fm_config *c, int64_t rows, fm_arena *a);

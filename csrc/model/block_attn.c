@@ -80,6 +80,6 @@ fm_status fm_block_attn(fm_model *m, const fm_batch *b, int32_t layer)
     FM_TRY(v->attention(m->be, &a));
     const fm_matmul_item out = {y->o, y->o_bias, s->x, H, true};
     FM_TRY(v->matmul(m->be, s->attn, attn, n, &out, 1));
-    m->phases.attention_ns += fm_clock_ns() - t0;
+    FM_PHASE_END(m, attention, layer, t0);
     return FM_OK;
 }

@@ -78,6 +78,6 @@ fm_status fm_block_delta(fm_model *m, const fm_batch *b, int32_t layer)
     FM_TRY(v->delta(m->be, &d));
     const fm_matmul_item out = {y->out, NULL, s->x, H, true};
     FM_TRY(v->matmul(m->be, s->delta, V, n, &out, 1));
-    m->phases.delta_ns += fm_clock_ns() - t0;
+    FM_PHASE_END(m, delta, layer, t0);
     return FM_OK;
 }

@@ -19,6 +19,6 @@ fm_status fm_block_mlp(fm_model *m, const fm_batch *b, int32_t layer)
     FM_TRY(v->swiglu(m->be, s->mlp_g, s->mlp_u, s->mlp_g, n * I));
     const fm_matmul_item out = {y->down_proj, NULL, s->x, H, true};
     FM_TRY(v->matmul(m->be, s->mlp_g, I, n, &out, 1));
-    m->phases.mlp_ns += fm_clock_ns() - t0;
+    FM_PHASE_END(m, mlp, layer, t0);
     return FM_OK;
 }

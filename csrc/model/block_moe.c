@@ -20,9 +20,11 @@ struct fm_wave {
     int32_t *entries; /* [rows * k], by expert, rows rising */
     int32_t *order;   /* experts in use, rising */
     int n_order;
-    int32_t *ids; /* of the wave */
+    int32_t *hist;    /* [rows + 1] experts by number of rows */
+    bool *keep;       /* [n_experts] stay cached after a sweep */
+    int32_t *ids;     /* of the wave */
     slice *slices;
-    bool *claimed, *ran;
+    bool *claimed, *ran, *cool;
     fm_mat (*mats)[FM_ROLE_COUNT];
     fm_expert_job *jobs;
     int n, max;
@@ -68,10 +70,13 @@ fm_status fm_wave_open(const fm_config *c, int64_t k, int64_t max_rows, struct f
         tmp.first = fm_take_ints(a, (int64_t)E + 1);
         tmp.entries = fm_take_ints(a, max_rows * k);
         tmp.order = fm_take_ints(a, (int64_t)E);
+        tmp.hist = fm_take_ints(a, max_rows + 1);
+        tmp.keep = fm_arena_take(a, E * sizeof(bool));
         tmp.ids = fm_take_ints(a, (int64_t)n);
         tmp.slices = fm_arena_take(a, n * sizeof(slice));
         tmp.claimed = fm_arena_take(a, n * sizeof(bool));
         tmp.ran = fm_arena_take(a, n * sizeof(bool));
+        tmp.cool = fm_arena_take(a, n * sizeof(bool));
         tmp.mats = fm_arena_take(a, n * sizeof *tmp.mats);
         tmp.jobs = fm_arena_take(a, n * sizeof *tmp.jobs);
         tmp.max = (int)n;
@@ -115,6 +120,7 @@ static void next_wave(struct fm_wave *w, const fm_scratch *s, int64_t k, int lim
         w->ids[w->n] = e;
         w->slices[w->n] = (slice){begin, begin + n, (int32_t)w->rows};
         w->claimed[w->n] = w->ran[w->n] = false;
+        w->cool[w->n] = !w->keep[e];
         for (int32_t i = 0; i < n; i++)
             s->exp_rows[w->rows + i] = (int32_t)(w->entries[begin + i] / k);
         w->rows += n;
@@ -201,9 +207,28 @@ static fm_status compute_wave(fm_model *m, const fm_batch *b, struct fm_wave *w,
     FM_TRY(m->be->v->combine(m->be, &a));
     FM_TRY(m->be->v->sync(m->be)); /* before the slots may be overwritten */
     fm_experts_get_stats(m->experts, &after);
-    m->phases.wait_ns += after.wait_ns - before.wait_ns;
-    m->phases.experts_ns += fm_clock_ns() - t0 - (after.wait_ns - before.wait_ns);
+    const int64_t t1 = fm_clock_ns(), waited = after.wait_ns - before.wait_ns;
+    m->phases.wait_ns += waited;
+    m->phases.experts_ns += t1 - t0 - waited;
+    fm_trace_add(&m->trace, FM_TRACE_experts, layer, w->n, t0, t1, 0);
     return FM_OK;
+}
+
+static fm_route_args route_args(const fm_model *m, const fm_layer *y)
+{
+    const fm_config *c = &m->c;
+    const fm_route_args a = {
+        .n_experts = c->num_experts,
+        .k = m->k,
+        .sigmoid = c->router_score == FM_SCORE_SIGMOID,
+        .renorm = (int)c->norm_topk_prob,
+        .eps = (float)c->norm_topk_eps,
+        .scale = (float)c->routed_scaling_factor,
+        .n_group = c->n_group,
+        .topk_group = c->topk_group,
+        .bias = y->router_bias,
+    };
+    return a;
 }
 
 static fm_status route(fm_model *m, const fm_batch *b, const fm_layer *y, int32_t layer)
@@ -214,17 +239,7 @@ static fm_status route(fm_model *m, const fm_batch *b, const fm_layer *y, int32_
     const int64_t t0 = fm_clock_ns(), n = b->n_rows, E = c->num_experts, k = m->k;
     const fm_matmul_item router = {y->router, NULL, s->router, E, false};
     FM_TRY(v->matmul(m->be, s->h, c->hidden_size, n, &router, 1));
-    const fm_route_args a = {
-        .n_experts = E,
-        .k = k,
-        .sigmoid = c->router_score == FM_SCORE_SIGMOID,
-        .renorm = (int)c->norm_topk_prob,
-        .eps = (float)c->norm_topk_eps,
-        .scale = (float)c->routed_scaling_factor,
-        .n_group = c->n_group,
-        .topk_group = c->topk_group,
-        .bias = y->router_bias,
-    };
+    const fm_route_args a = route_args(m, y);
     FM_TRY(v->route(m->be, &a, s->router, n, s->route_ids, s->route_w));
     FM_TRY(v->sync(m->be));
     if (b->trace_router)
@@ -232,12 +247,12 @@ static fm_status route(fm_model *m, const fm_batch *b, const fm_layer *y, int32_
             memcpy(b->trace_router + (r * c->num_hidden_layers + layer) * k, s->route_ids + r * k,
                    (size_t)k * sizeof(int32_t));
     sort_entries(m->wave, s->route_ids, n * k, E);
-    m->phases.router_ns += fm_clock_ns() - t0;
+    FM_PHASE_END(m, router, layer, t0);
     return FM_OK;
 }
 
 /* The shared expert's output goes to shared_y and is added last; it runs while the first reads are on their way. */
-static fm_status shared_expert(fm_model *m, const fm_batch *b, const fm_layer *y)
+static fm_status shared_expert(fm_model *m, const fm_batch *b, const fm_layer *y, int32_t layer)
 {
     const fm_backend_vtable *v = m->be->v;
     const fm_scratch *s = &m->s;
@@ -251,16 +266,69 @@ static fm_status shared_expert(fm_model *m, const fm_batch *b, const fm_layer *y
     FM_TRY(v->swiglu(m->be, s->shared_g, s->shared_u, s->shared_g, n * Is));
     const fm_matmul_item out = {y->shared_down_proj, NULL, s->shared_y, H, false};
     FM_TRY(v->matmul(m->be, s->shared_g, Is, n, &out, 1));
-    m->phases.shared_ns += fm_clock_ns() - t0;
+    FM_PHASE_END(m, shared, layer, t0);
     return FM_OK;
 }
 
-/* Slots that the next wave may fill while this one computes. */
-static fm_status hint_ahead(fm_model *m, const struct fm_wave *w, int32_t layer, int at)
+/* How a layer's experts pass through the slots. */
+typedef struct sweep {
+    int window; /* slots it may fill at a time: half compute while the other half load */
+    int limit;  /* experts per wave */
+    bool flushes; /* it wants more than the layer's share of the slots */
+} sweep;
+
+enum { SWEEP_WINDOW = 64 };
+
+static sweep plan_sweep(const fm_model *m, const struct fm_wave *w)
 {
-    const int64_t spare = fm_experts_slots(m->experts) - w->n;
-    const int64_t left = w->n_order - at;
-    return fm_experts_hint(m->experts, layer, w->order + at, (int)(left < spare ? left : spare), 0);
+    const int32_t slots = fm_experts_slots(m->experts);
+    const int64_t share = slots / fm_experts_layers(m->experts);
+    sweep s = {slots, slots < w->max ? slots : w->max, false};
+    if (w->n_order <= 2 * m->k || w->n_order <= share || slots >= fm_experts_total(m->experts))
+        return s;
+    s.flushes = true;
+    const int32_t want = slots / 4 > SWEEP_WINDOW ? SWEEP_WINDOW : slots / 4;
+    s.window = want > 2 * m->k ? want : (int)(slots < 2 * m->k ? slots : 2 * m->k);
+    s.limit = s.window > 1 ? s.window / 2 : 1;
+    return s;
+}
+
+/* A sweep leaves the layer's most used experts in its share of the slots and lets the others go first. */
+static void choose_kept(struct fm_wave *w, const sweep *s, int64_t n_rows, int64_t share)
+{
+    for (int i = 0; i < w->n_order; i++)
+        w->keep[w->order[i]] = true;
+    if (!s->flushes)
+        return;
+    memset(w->hist, 0, (size_t)(n_rows + 1) * sizeof(int32_t));
+    for (int i = 0; i < w->n_order; i++)
+        w->hist[w->first[w->order[i] + 1] - w->first[w->order[i]]]++;
+    int64_t least = n_rows, left = share; /* all with more than `least` rows stay, and `left` of those with as many */
+    while (least > 0 && left >= w->hist[least])
+        left -= w->hist[least--];
+    for (int i = 0; i < w->n_order; i++) {
+        const int32_t rows = w->first[w->order[i] + 1] - w->first[w->order[i]];
+        w->keep[w->order[i]] = rows > least || (rows == least && left-- > 0);
+    }
+}
+
+/* What the next waves will want, as far as the window goes. */
+static fm_status hint_ahead(fm_model *m, const struct fm_wave *w, const sweep *s, int32_t layer, int at)
+{
+    const int64_t spare = s->window - w->n, left = w->n_order - at;
+    const int64_t n = left < spare ? left : spare;
+    return n > 0 ? fm_experts_hint(m->experts, layer, w->order + at, (int)n, FM_HINT_AHEAD) : FM_OK;
+}
+
+static fm_status run_wave(fm_model *m, const fm_batch *b, const sweep *s, int32_t layer, int at, bool first)
+{
+    struct fm_wave *w = m->wave;
+    const fm_layer *y = &m->layers[layer];
+    FM_TRY(fm_experts_hint(m->experts, layer, w->ids, w->n, FM_HINT_DEMAND));
+    FM_TRY(hint_ahead(m, w, s, layer, at));
+    if (first && y->shared_gate_proj)
+        FM_TRY(shared_expert(m, b, y, layer));
+    return compute_wave(m, b, w, layer);
 }
 
 fm_status fm_block_moe(fm_model *m, const fm_batch *b, int32_t layer)
@@ -268,24 +336,66 @@ fm_status fm_block_moe(fm_model *m, const fm_batch *b, int32_t layer)
     const fm_layer *y = &m->layers[layer];
     struct fm_wave *w = m->wave;
     FM_TRY(route(m, b, y, layer));
-    const int32_t slots = fm_experts_slots(m->experts);
-    /* Many waves: half the slots compute while the other half load. */
-    const int fits = w->n_order <= slots ? slots : slots / 2 > m->k ? slots / 2 : slots;
-    const int limit = fits < w->max ? fits : w->max;
+    fm_experts_expire(m->experts, layer, w->order, w->n_order);
+    const sweep s = plan_sweep(m, w);
+    choose_kept(w, &s, b->n_rows, fm_experts_slots(m->experts) / fm_experts_layers(m->experts));
     int at = 0;
     int32_t done = 0;
     for (bool first = true; at < w->n_order; first = false) {
-        next_wave(w, &m->s, m->k, limit, &at, &done);
-        FM_TRY(fm_experts_hint(m->experts, layer, w->ids, w->n, 0));
-        FM_TRY(hint_ahead(m, w, layer, at));
-        fm_status s = first && y->shared_gate_proj ? shared_expert(m, b, y) : FM_OK;
-        if (s == FM_OK)
-            s = compute_wave(m, b, w, layer);
-        fm_experts_release(m->experts, layer, w->ids, w->n, w->claimed);
-        FM_TRY(s);
+        next_wave(w, &m->s, m->k, s.limit, &at, &done);
+        const fm_status status = run_wave(m, b, &s, layer, at, first);
+        fm_experts_release(m->experts, layer, w->ids, w->n, w->claimed, s.flushes ? w->cool : NULL);
+        FM_TRY(status);
     }
     if (!y->shared_gate_proj)
         return FM_OK;
     return m->be->v->add_gated(m->be, m->s.shared_y, y->shared_gate ? m->s.shared_gate : NULL, m->s.x, b->n_rows,
                                m->c.hidden_size);
+}
+
+/* ---- guesses for the next layer ---------------------------------------------------------------------------- */
+
+/* A batch whose rows want nearly every expert: read them in file order while the mixer computes. */
+static fm_status guess_all(fm_model *m, int32_t layer)
+{
+    struct fm_wave *w = m->wave;
+    const int32_t slots = fm_experts_slots(m->experts);
+    const int64_t room = slots / 4 > SWEEP_WINDOW / 2 ? SWEEP_WINDOW / 2 : slots / 4;
+    int n = 0;
+    for (int32_t e = 0; e < m->c.num_experts && n < room && n < w->max; e++)
+        if (!fm_experts_present(m->experts, layer, e))
+            w->ids[n++] = e;
+    return fm_experts_hint(m->experts, layer, w->ids, n, FM_HINT_GUESS);
+}
+
+static fm_status guess_routed(fm_model *m, const fm_batch *b, int32_t layer)
+{
+    const fm_config *c = &m->c;
+    const fm_layer *y = &m->layers[layer];
+    const fm_backend_vtable *v = m->be->v;
+    const fm_scratch *s = &m->s;
+    struct fm_wave *w = m->wave;
+    const int64_t H = c->hidden_size, n = b->n_rows, take = m->lookahead < m->k ? m->lookahead : m->k;
+    FM_TRY(v->rmsnorm(m->be, s->x, H, y->post_norm, (float)c->rms_norm_eps, s->h, H, n, H));
+    const fm_matmul_item router = {y->router, NULL, s->router, c->num_experts, false};
+    FM_TRY(v->matmul(m->be, s->h, H, n, &router, 1));
+    const fm_route_args a = route_args(m, y);
+    FM_TRY(v->route(m->be, &a, s->router, n, s->route_ids, s->route_w));
+    FM_TRY(v->sync(m->be));
+    int n_ids = 0;
+    for (int64_t j = 0; j < take; j++) /* the surest of every row first */
+        for (int64_t r = 0; r < n && n_ids < w->max; r++)
+            w->ids[n_ids++] = s->route_ids[r * m->k + j];
+    return fm_experts_hint(m->experts, layer, w->ids, n_ids, FM_HINT_GUESS);
+}
+
+fm_status fm_guess_next(fm_model *m, const fm_batch *b, int32_t layer)
+{
+    const int32_t next = layer + 1;
+    if (next >= m->c.num_hidden_layers || m->layers[next].ffn != FM_FFN_MOE ||
+        fm_experts_slots(m->experts) >= fm_experts_total(m->experts))
+        return FM_OK;
+    if (b->n_rows * m->k >= 2 * m->c.num_experts)
+        return guess_all(m, next);
+    return m->lookahead > 0 ? guess_routed(m, b, next) : FM_OK;
 }

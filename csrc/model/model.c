@@ -175,6 +175,7 @@ void fm_model_close(fm_model *m)
     if (!m)
         return;
     fm_wave_close(m->wave);
+    fm_trace_close(&m->trace);
     if (m->scratch)
         m->be->v->free(m->be, m->scratch, m->scratch_bytes, FM_USAGE_SCRATCH);
     fm_free(m->host);
@@ -196,6 +197,7 @@ static fm_status run_layer(fm_model *m, const fm_batch *b, int32_t l)
     FM_TRY(y->mixer == FM_MIXER_FULL ? fm_block_attn(m, b, l) : fm_block_delta(m, b, l));
     FM_TRY(norm_rows(m, y->post_norm, b->n_rows));
     FM_TRY(y->ffn == FM_FFN_MOE ? fm_block_moe(m, b, l) : fm_block_mlp(m, b, l));
+    FM_TRY(fm_guess_next(m, b, l));
     if (b->trace_hidden) {
         FM_TRY(m->be->v->sync(m->be));
         const int64_t H = m->c.hidden_size, L = m->c.num_hidden_layers;
@@ -243,7 +245,7 @@ static fm_status head(fm_model *m, const fm_batch *b)
         if (b->last_logits[i])
             memcpy(b->last_logits[i], b->all_logits + (b->spans[i].row0 + b->spans[i].n - 1) * V,
                    (size_t)V * sizeof(float));
-    m->phases.head_ns += fm_clock_ns() - t0;
+    FM_PHASE_END(m, head, -1, t0);
     return FM_OK;
 }
 
@@ -259,7 +261,7 @@ static fm_status forward(fm_model *m, const fm_batch *b)
     const int64_t t0 = fm_clock_ns(), L = m->c.num_hidden_layers;
     FM_TRY(m->be->v->begin(m->be));
     FM_TRY(m->be->v->embed(m->be, m->embed, b->ids, b->n_rows, m->s.x, m->c.hidden_size));
-    m->phases.embed_ns += fm_clock_ns() - t0;
+    FM_PHASE_END(m, embed, -1, t0);
     if (b->trace_router)
         memset(b->trace_router, 0xff, (size_t)(b->n_rows * L * m->k) * sizeof(int32_t));
     for (int32_t l = 0; l < L; l++) {
@@ -267,7 +269,9 @@ static fm_status forward(fm_model *m, const fm_batch *b)
         FM_TRY(run_layer(m, b, l));
     }
     FM_TRY(head(m, b));
-    return m->be->v->sync(m->be);
+    FM_TRY(m->be->v->sync(m->be));
+    fm_trace_add(&m->trace, FM_TRACE_forward, -1, (int32_t)b->n_rows, t0, fm_clock_ns(), 0);
+    return FM_OK;
 }
 
 fm_status fm_model_forward(fm_model *m, const fm_batch *b)

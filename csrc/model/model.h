@@ -7,6 +7,7 @@
 #include <stdbool.h>
 
 #include "backend/backend.h"
+#include "base/trace.h"
 #include "model/arch.h"
 #include "model/config.h"
 #include "model/state.h"
@@ -76,6 +77,8 @@ typedef struct fm_model {
     const float **in;
     float **out;
     fm_phases phases;
+    fm_trace trace;   /* off unless opened */
+    int64_t lookahead; /* experts guessed per row for the next layer; 0: none */
 } fm_model;
 
 /* One forward. Rows of a sequence are consecutive; spans[i] is state[i]'s share. */
@@ -98,6 +101,14 @@ fm_status fm_model_scratch_bytes(const fm_config *c, int64_t k, int64_t max_rows
 fm_status fm_model_open(const fm_arch *arch, const fm_config *c, fm_backend *be, const fm_weights *w, fm_experts *e,
                         int64_t k, int64_t max_rows, fm_model **out);
 void fm_model_close(fm_model *m); /* NULL is fine */
+
+/* A phase of a layer ends now: add its time to the sum and to the trace. Layer -1: outside the layers. */
+#define FM_PHASE_END(m, name, layer, t0)                                                           \
+    do {                                                                                           \
+        const int64_t t1_ = fm_clock_ns();                                                         \
+        (m)->phases.name##_ns += t1_ - (t0);                                                       \
+        fm_trace_add(&(m)->trace, FM_TRACE_##name, (layer), 0, (t0), t1_, 0);                      \
+    } while (0)
 
 /* Writes logits; states are begun, and committed only if all went well. */
 fm_status fm_model_forward(fm_model *m, const fm_batch *b);

@@ -1,6 +1,5 @@
-/* Slots: a slot is one expert's windows end to end. A window is one read: neighbouring segments of a file merged,
- * widened to the alignment of direct I/O; the segment's bytes lie somewhere inside it, at any address.
- * A slot being read holds one pin of its own, so it cannot be evicted. */
+/* The state machine of slots. A slot being read holds one pin of its own, so it cannot be evicted; its reads carry
+ * slot and part in their tag. Nothing here words an error for a guess: nobody asked for it yet. */
 #include "store/experts.h"
 
 #include <assert.h>
@@ -11,33 +10,20 @@
 #include "base/clock.h"
 #include "base/crc32c.h"
 #include "base/mem.h"
-#include "store/expert_cache.h"
+#include "store/expert_layout.h"
 #include "store/weights.h"
 
-enum { PLACE_ALIGN = 64, MAX_IN_FLIGHT = 4096, WAIT_STEP_NS = 50 * 1000 * 1000 };
-
-typedef struct window {
-    int32_t file;
-    int64_t off;          /* in the file, aligned */
-    size_t bytes, wanted; /* wanted: up to the end of the last segment */
-    size_t place;         /* in the slot */
-} window;
-
-typedef struct layout {
-    int n_windows, n_segments;
-    window w[FM_MAX_SEGMENTS];
-    size_t segment[FM_MAX_SEGMENTS]; /* place of each segment's first byte in the slot */
-    size_t bytes;
-} layout;
+enum { MAX_IN_FLIGHT = 4096, WAIT_STEP_NS = 50 * 1000 * 1000 };
 
 typedef enum slot_state { SLOT_EMPTY, SLOT_LOADING, SLOT_READY } slot_state;
 
 typedef struct expert_slot {
     slot_state state;
-    int pending;         /* reads not yet completed */
+    int16_t pending;     /* reads not yet completed */
     bool failed, demand;
     bool fresh;          /* read and not yet claimed: its first claim is a miss */
-    uint32_t crc;        /* of a single window, from the I/O worker */
+    bool guess;          /* read on a guess that no claim confirmed yet */
+    uint32_t crc[FM_MAX_PARTS];
 } expert_slot;
 
 struct fm_experts {
@@ -47,60 +33,16 @@ struct fm_experts {
     fm_cache *cache;
     expert_slot *slots;
     uint8_t *region;
-    size_t slot_bytes, region_bytes, align;
+    size_t slot_bytes, region_bytes, align, split_bytes;
     int32_t *layer_at; /* model layer -> index into d->experts, -1 */
     int32_t n_layers;
     int64_t stride; /* keys per layer */
-    fm_io_req *reqs, **ptrs, *free_reqs;
+    fm_io_req *reqs, *free_reqs;
     int n_reqs, in_flight;
     bool verify;
     fm_expert_stats stats;
+    fm_trace *trace; /* borrowed, or NULL */
 };
-
-/* ---- layout ----------------------------------------------------------------------------------------- */
-
-static void lay_out(const fm_expert_desc *e, int64_t id, size_t align, layout *l)
-{
-    fm_segment seg[FM_MAX_SEGMENTS];
-    const int n = fm_expert_segments(e, seg);
-    const int32_t *file = e->seg_file + id * n;
-    const int64_t *off = e->seg_off + id * n;
-    const int64_t a = (int64_t)align;
-    size_t place = 0;
-    l->n_windows = 0;
-    l->n_segments = n;
-    for (int s = 0; s < n;) {
-        int end = s + 1;
-        while (end < n && file[end] == file[s] && off[end] == off[end - 1] + seg[end - 1].n_bytes)
-            end++;
-        window *w = &l->w[l->n_windows++];
-        const int64_t from = off[s] / a * a, last = off[end - 1] + seg[end - 1].n_bytes;
-        w->file = file[s];
-        w->off = from;
-        w->wanted = (size_t)(last - from);
-        w->bytes = (size_t)((last - from + a - 1) / a * a);
-        w->place = place;
-        for (int i = s; i < end; i++)
-            l->segment[i] = place + (size_t)(off[i] - from);
-        place = fm_round_up(place + w->bytes, align > PLACE_ALIGN ? align : PLACE_ALIGN);
-        s = end;
-    }
-    l->bytes = place;
-}
-
-fm_status fm_experts_slot_bytes(const fm_model_desc *d, size_t align, size_t *bytes)
-{
-    size_t most = 0;
-    layout l;
-    for (int64_t i = 0; i < d->n_expert_layers; i++)
-        for (int64_t x = 0; x < d->experts[i].n_experts; x++) {
-            lay_out(&d->experts[i], x, align, &l);
-            most = l.bytes > most ? l.bytes : most;
-        }
-    /* Whole pages, so that a slot can be handed to a device and given back to the system alone. */
-    *bytes = fm_round_up(most, (size_t)fm_page_bytes());
-    return FM_OK;
-}
 
 static const fm_expert_desc *layer_desc(const fm_experts *e, int32_t layer)
 {
@@ -112,9 +54,23 @@ static int64_t key_of(const fm_experts *e, int32_t layer, int32_t id) { return e
 
 static uint8_t *slot_base(const fm_experts *e, int32_t slot) { return e->region + (size_t)slot * e->slot_bytes; }
 
+static void lay_out(const fm_experts *e, const fm_expert_desc *x, int64_t id, fm_expert_layout *l)
+{
+    fm_expert_lay_out(x, id, e->align, e->split_bytes, l);
+}
+
+#define NO_TAG UINT64_MAX
+
+static void free_request(fm_experts *e, fm_io_req *r)
+{
+    r->tag = NO_TAG;
+    r->next = e->free_reqs;
+    e->free_reqs = r;
+}
+
 /* ---- opening ------------------------------------------------------------------------------------------ */
 
-static fm_status open_tables(fm_experts *e, int32_t n_slots)
+static fm_status open_tables(fm_experts *e, const fm_experts_opts *o)
 {
     void *p;
     int32_t last = 0;
@@ -128,22 +84,18 @@ static fm_status open_tables(fm_experts *e, int32_t n_slots)
     memset(e->layer_at, 0xff, (size_t)e->n_layers * sizeof(int32_t));
     for (int64_t i = 0; i < e->d->n_expert_layers; i++)
         e->layer_at[e->d->experts[i].layer] = (int32_t)i;
-    FM_TRY(fm_cache_open(n_slots, e->d->n_expert_layers * e->stride, &e->cache));
-    FM_TRY(fm_alloc((size_t)n_slots * sizeof(expert_slot), &p));
+    FM_TRY(fm_cache_open(o->policy, o->n_slots, e->d->n_expert_layers * e->stride, &e->cache));
+    FM_TRY(fm_alloc((size_t)o->n_slots * sizeof(expert_slot), &p));
     e->slots = p;
-    const int64_t most = (int64_t)n_slots * FM_MAX_SEGMENTS;
+    const int64_t most = (int64_t)o->n_slots * FM_MAX_PARTS;
     e->n_reqs = (int)(most < MAX_IN_FLIGHT ? most : MAX_IN_FLIGHT);
     FM_TRY(fm_alloc((size_t)e->n_reqs * sizeof(fm_io_req), &p));
     e->reqs = p;
-    FM_TRY(fm_alloc((size_t)e->n_reqs * sizeof(fm_io_req *), &p));
-    e->ptrs = p;
-    for (int i = 0; i < e->n_reqs; i++) {
-        e->reqs[i].next = e->free_reqs;
-        e->free_reqs = &e->reqs[i];
-    }
-    FM_TRY(fm_experts_slot_bytes(e->d, e->align, &e->slot_bytes));
-    if (!fm_mul_size(e->slot_bytes, (size_t)n_slots, &e->region_bytes))
-        return fm_fail(FM_ERR_NOMEM, "%d expert slots of %zu bytes overflow", n_slots, e->slot_bytes);
+    for (int i = 0; i < e->n_reqs; i++)
+        free_request(e, &e->reqs[i]);
+    e->slot_bytes = fm_expert_layout_max(e->d, e->align);
+    if (!fm_mul_size(e->slot_bytes, (size_t)o->n_slots, &e->region_bytes))
+        return fm_fail(FM_ERR_NOMEM, "%d expert slots of %zu bytes overflow", o->n_slots, e->slot_bytes);
     FM_TRY(e->be->v->alloc(e->be, e->region_bytes, FM_USAGE_SLOTS, &p));
     e->region = p;
     return FM_OK;
@@ -162,8 +114,9 @@ fm_status fm_experts_open(const fm_model_desc *d, fm_io *io, fm_backend *be, con
     e->io = io;
     e->be = be;
     e->verify = opts->verify;
+    e->split_bytes = opts->split_bytes ? opts->split_bytes : FM_EXPERTS_SPLIT_BYTES;
     e->align = fm_io_get_caps(io).align;
-    const fm_status s = open_tables(e, opts->n_slots);
+    const fm_status s = open_tables(e, opts);
     if (s != FM_OK) {
         fm_experts_close(e);
         return s;
@@ -188,28 +141,40 @@ static fm_status check_crc(fm_experts *e, int32_t slot, int64_t key)
     const int64_t id = key % e->stride;
     if (!e->verify || !x->crc)
         return FM_OK;
-    layout l;
-    lay_out(x, id, e->align, &l);
-    uint32_t crc = e->slots[slot].crc;
-    if (l.n_windows > 1) { /* not one record after all: chain over the segments here */
-        fm_segment seg[FM_MAX_SEGMENTS];
-        fm_expert_segments(x, seg);
-        crc = 0;
-        for (int s = 0; s < l.n_segments; s++)
-            crc = fm_crc32c(crc, slot_base(e, slot) + l.segment[s], (size_t)seg[s].n_bytes);
-    }
+    fm_expert_layout l;
+    lay_out(e, x, id, &l);
+    uint32_t crc = 0;
+    for (int i = 0; i < l.n_parts; i++)
+        crc = i == 0 ? e->slots[slot].crc[0] : fm_crc32c_combine(crc, e->slots[slot].crc[i], l.part[i].crc_bytes);
     if (crc == x->crc[id])
         return FM_OK;
-    const char *path = fm_io_file_path(e->io, l.w[0].file);
+    const char *path = fm_io_file_path(e->io, l.part[0].file);
     return fm_fail_path(FM_ERR_FORMAT, 0, path,
                         "%s: layer %d expert %" PRId64 ": checksum %08x, recorded %08x: the file is damaged", path,
                         x->layer, id, crc, x->crc[id]);
 }
 
+/* The last read of a slot is in: ready, or empty again. */
+static fm_status finish_slot(fm_experts *e, int32_t slot, int64_t key)
+{
+    expert_slot *s = &e->slots[slot];
+    fm_status status = FM_OK;
+    if (!s->failed && check_crc(e, slot, key) != FM_OK) {
+        s->failed = true;
+        e->stats.n_failed++;
+        status = s->demand ? FM_ERR_FORMAT : FM_OK;
+    }
+    fm_cache_unpin(e->cache, slot);
+    s->state = s->failed ? SLOT_EMPTY : SLOT_READY;
+    if (s->failed)
+        fm_cache_drop(e->cache, slot);
+    return status;
+}
+
 /* A failed read of an expert that someone waits for is that someone's error; of a guess, nobody's. */
 static fm_status complete(fm_experts *e, fm_io_req *r)
 {
-    const int32_t slot = (int32_t)r->tag;
+    const int32_t slot = (int32_t)(r->tag & 0xffffffffu), part = (int32_t)(r->tag >> 32);
     expert_slot *s = &e->slots[slot];
     const int64_t key = fm_cache_key(e->cache, slot);
     fm_status status = FM_OK;
@@ -218,30 +183,21 @@ static fm_status complete(fm_experts *e, fm_io_req *r)
     e->stats.bytes_read += (int64_t)r->done_bytes;
     e->stats.read_ns += r->ns_read;
     e->stats.crc_ns += r->ns_crc;
-    s->crc = r->crc;
+    s->crc[part] = r->crc;
+    if (e->trace)
+        fm_trace_add(e->trace, s->guess ? FM_TRACE_guess : FM_TRACE_read, e->d->experts[key / e->stride].layer,
+                     (int32_t)(key % e->stride), r->ns_queued, fm_clock_ns(), (int64_t)r->done_bytes);
     if (r->status != FM_OK) {
-        e->stats.n_failed++;
-        if (s->demand && !s->failed)
+        e->stats.n_failed += r->status != FM_ERR_CANCELLED;
+        if (s->demand && !s->failed && r->status != FM_ERR_CANCELLED)
             status = word_failure(e, r, key);
         s->failed = true;
     }
-    r->next = e->free_reqs;
-    e->free_reqs = r;
+    free_request(e, r);
     if (--s->pending > 0)
         return status;
-    if (!s->failed) {
-        const fm_status crc = check_crc(e, slot, key);
-        if (crc != FM_OK) {
-            s->failed = true;
-            e->stats.n_failed++;
-            status = s->demand ? crc : FM_OK;
-        }
-    }
-    fm_cache_unpin(e->cache, slot);
-    s->state = s->failed ? SLOT_EMPTY : SLOT_READY;
-    if (s->failed)
-        fm_cache_drop(e->cache, slot);
-    return status;
+    const fm_status last = finish_slot(e, slot, key);
+    return status == FM_OK ? last : status;
 }
 
 static fm_status wait_reads(fm_experts *e, int min_done, int64_t timeout_ns)
@@ -273,7 +229,6 @@ void fm_experts_close(fm_experts *e)
     fm_cache_close(e->cache);
     fm_free(e->slots);
     fm_free(e->layer_at);
-    fm_free(e->ptrs);
     fm_free(e->reqs);
     fm_free(e);
 }
@@ -282,81 +237,116 @@ void fm_experts_close(fm_experts *e)
 
 static int free_requests(const fm_experts *e) { return e->n_reqs - e->in_flight; }
 
+static void drop_guess(fm_experts *e, int32_t slot)
+{
+    if (e->slots[slot].guess && e->slots[slot].state == SLOT_READY)
+        e->stats.guess_wasted_bytes += (int64_t)e->slot_bytes;
+    e->slots[slot].guess = false;
+}
+
 /* *started is false when no slot or request is free now. */
-static fm_status start_read(fm_experts *e, int32_t layer, int32_t id, int priority, bool *started)
+static fm_status start_read(fm_experts *e, int32_t layer, int32_t id, fm_hint kind, bool *started)
 {
     const fm_expert_desc *x = layer_desc(e, layer);
-    layout l;
-    lay_out(x, id, e->align, &l);
+    fm_expert_layout l;
+    fm_io_req *reqs[FM_MAX_PARTS];
+    lay_out(e, x, id, &l);
     *started = false;
-    if (free_requests(e) < l.n_windows)
+    if (free_requests(e) < l.n_parts)
         return FM_OK;
     const int32_t slot = fm_cache_take(e->cache, key_of(e, layer, id));
     if (slot < 0)
         return FM_OK;
+    drop_guess(e, slot);
     expert_slot *s = &e->slots[slot];
-    *s = (expert_slot){SLOT_LOADING, l.n_windows, false, priority == 0, true, 0};
-    for (int i = 0; i < l.n_windows; i++) {
-        fm_io_req *r = e->free_reqs;
+    *s = (expert_slot){.state = SLOT_LOADING,
+                       .pending = (int16_t)l.n_parts,
+                       .demand = kind != FM_HINT_GUESS,
+                       .fresh = true,
+                       .guess = kind == FM_HINT_GUESS};
+    for (int i = 0; i < l.n_parts; i++) {
+        fm_io_req *r = reqs[i] = e->free_reqs;
         e->free_reqs = r->next;
         *r = (fm_io_req){
-            .file = l.w[i].file,
-            .priority = priority,
-            .off = l.w[i].off,
-            .bytes = l.w[i].bytes,
-            .bytes_wanted = l.w[i].wanted,
-            .dst = slot_base(e, slot) + l.w[i].place,
-            .tag = (uint64_t)slot,
+            .file = l.part[i].file,
+            .priority = kind == FM_HINT_GUESS,
+            .off = l.part[i].off,
+            .bytes = l.part[i].bytes,
+            .bytes_wanted = l.part[i].wanted,
+            .dst = slot_base(e, slot) + l.part[i].place,
+            .tag = (uint64_t)slot | (uint64_t)i << 32,
         };
-        if (e->verify && x->crc && l.n_windows == 1) {
-            r->crc_skip = l.segment[0] - l.w[0].place;
-            r->crc_bytes = l.w[0].wanted - r->crc_skip;
+        if (e->verify && x->crc) {
+            r->crc_skip = l.part[i].crc_skip;
+            r->crc_bytes = l.part[i].crc_bytes;
         }
-        e->ptrs[i] = r;
     }
     fm_cache_pin(e->cache, slot);
-    const fm_status status = fm_io_submit(e->io, e->ptrs, l.n_windows);
+    const fm_status status = fm_io_submit(e->io, reqs, l.n_parts);
     if (status != FM_OK) {
-        for (int i = 0; i < l.n_windows; i++) {
-            e->ptrs[i]->next = e->free_reqs;
-            e->free_reqs = e->ptrs[i];
-        }
+        for (int i = 0; i < l.n_parts; i++)
+            free_request(e, reqs[i]);
         s->state = SLOT_EMPTY;
         fm_cache_unpin(e->cache, slot);
         fm_cache_drop(e->cache, slot);
         return status;
     }
-    e->in_flight += l.n_windows;
+    e->in_flight += l.n_parts;
+    e->stats.guessed += kind == FM_HINT_GUESS;
     *started = true;
     return FM_OK;
 }
 
-fm_status fm_experts_hint(fm_experts *e, int32_t layer, const int32_t *ids, int n, int priority)
+fm_status fm_experts_hint(fm_experts *e, int32_t layer, const int32_t *ids, int n, fm_hint kind)
 {
-    for (int i = 0; i < n; i++) {
+    for (int i = 0; i < n && kind != FM_HINT_GUESS; i++) {
         const int32_t slot = fm_cache_find(e->cache, key_of(e, layer, ids[i]));
         if (slot < 0)
             continue;
-        fm_cache_touch(e->cache, slot);
-        if (priority == 0)
-            e->slots[slot].demand = true;
+        fm_cache_touch(e->cache, slot); /* so that the wave's own hits are not evicted */
+        e->slots[slot].demand = true;
     }
     for (int i = 0; i < n; i++) {
         if (fm_cache_find(e->cache, key_of(e, layer, ids[i])) >= 0)
             continue;
         bool started; /* a demanded read that cannot start yet is started by claim */
-        FM_TRY(start_read(e, layer, ids[i], priority, &started));
+        FM_TRY(start_read(e, layer, ids[i], kind, &started));
         if (!started)
             break;
     }
     return FM_OK;
 }
 
+static bool among(int32_t id, const int32_t *ids, int n)
+{
+    for (int i = 0; i < n; i++)
+        if (ids[i] == id)
+            return true;
+    return false;
+}
+
+void fm_experts_expire(fm_experts *e, int32_t layer, const int32_t *ids, int n)
+{
+    for (int i = 0; i < e->n_reqs && e->in_flight > 0; i++) {
+        fm_io_req *r = &e->reqs[i];
+        if (r->tag == NO_TAG)
+            continue;
+        const int32_t slot = (int32_t)(r->tag & 0xffffffffu);
+        if (!e->slots[slot].guess || e->slots[slot].state != SLOT_LOADING || e->slots[slot].demand)
+            continue;
+        const int64_t key = fm_cache_key(e->cache, slot);
+        if (key / e->stride == e->layer_at[layer] && !among((int32_t)(key % e->stride), ids, n)) {
+            fm_cache_cool(e->cache, slot);
+            (void)fm_io_cancel(e->io, r); /* a completion follows either way */
+        }
+    }
+}
+
 static void fill_mats(const fm_experts *e, int32_t layer, int32_t id, int32_t slot, fm_mat mats[FM_ROLE_COUNT])
 {
     const fm_expert_desc *x = layer_desc(e, layer);
-    layout l;
-    lay_out(x, id, e->align, &l);
+    fm_expert_layout l;
+    lay_out(e, x, id, &l);
     fm_segment seg[FM_MAX_SEGMENTS];
     fm_expert_segments(x, seg);
     const uint8_t *area[FM_ROLE_COUNT][FM_AREA_COUNT] = {{NULL}};
@@ -369,12 +359,25 @@ static void fill_mats(const fm_experts *e, int32_t layer, int32_t id, int32_t sl
     }
 }
 
+static void take_ready(fm_experts *e, int32_t slot)
+{
+    expert_slot *s = &e->slots[slot];
+    fm_cache_pin(e->cache, slot);
+    if (s->fresh)
+        e->stats.misses++;
+    else
+        e->stats.hits++;
+    e->stats.guess_used += s->guess;
+    s->fresh = false;
+    s->guess = false;
+}
+
 fm_status fm_experts_claim(fm_experts *e, int32_t layer, const int32_t *ids, int n, bool *claimed,
                            fm_mat (*mats)[FM_ROLE_COUNT], const atomic_bool *cancel, int *n_new)
 {
     *n_new = 0;
     for (;;) {
-        int missing = 0, started_now = 0;
+        int missing = 0;
         for (int i = 0; i < n; i++) {
             if (claimed[i])
                 continue;
@@ -382,15 +385,9 @@ fm_status fm_experts_claim(fm_experts *e, int32_t layer, const int32_t *ids, int
             const int32_t slot = fm_cache_find(e->cache, key_of(e, layer, ids[i]));
             if (slot < 0) {
                 bool started;
-                FM_TRY(start_read(e, layer, ids[i], 0, &started));
-                started_now += started;
+                FM_TRY(start_read(e, layer, ids[i], FM_HINT_DEMAND, &started));
             } else if (e->slots[slot].state == SLOT_READY) {
-                fm_cache_pin(e->cache, slot);
-                if (e->slots[slot].fresh)
-                    e->stats.misses++;
-                else
-                    e->stats.hits++;
-                e->slots[slot].fresh = false;
+                take_ready(e, slot);
                 fill_mats(e, layer, ids[i], slot, mats[i]);
                 claimed[i] = true;
                 ++*n_new;
@@ -411,11 +408,16 @@ fm_status fm_experts_claim(fm_experts *e, int32_t layer, const int32_t *ids, int
     }
 }
 
-void fm_experts_release(fm_experts *e, int32_t layer, const int32_t *ids, int n, const bool *claimed)
+void fm_experts_release(fm_experts *e, int32_t layer, const int32_t *ids, int n, const bool *claimed, const bool *cool)
 {
-    for (int i = 0; i < n; i++)
-        if (claimed[i])
-            fm_cache_unpin(e->cache, fm_cache_find(e->cache, key_of(e, layer, ids[i])));
+    for (int i = 0; i < n; i++) {
+        if (!claimed[i])
+            continue;
+        const int32_t slot = fm_cache_find(e->cache, key_of(e, layer, ids[i]));
+        fm_cache_unpin(e->cache, slot);
+        if (cool && cool[i])
+            fm_cache_cool(e->cache, slot);
+    }
 }
 
 fm_status fm_experts_check_finite(const fm_experts *e, int32_t layer, int32_t id)
@@ -444,7 +446,20 @@ fm_status fm_experts_check_finite(const fm_experts *e, int32_t layer, int32_t id
 
 int32_t fm_experts_slots(const fm_experts *e) { return fm_cache_slots(e->cache); }
 
-size_t fm_experts_bytes_per_slot(const fm_experts *e) { return e->slot_bytes; }
+int64_t fm_experts_layers(const fm_experts *e) { return e->d->n_expert_layers; }
+
+int64_t fm_experts_total(const fm_experts *e)
+{
+    int64_t n = 0;
+    for (int64_t i = 0; i < e->d->n_expert_layers; i++)
+        n += e->d->experts[i].n_experts;
+    return n;
+}
+
+bool fm_experts_present(const fm_experts *e, int32_t layer, int32_t id)
+{
+    return fm_cache_find(e->cache, key_of(e, layer, id)) >= 0;
+}
 
 fm_status fm_experts_resize(fm_experts *e, int32_t n_slots)
 {
@@ -461,3 +476,5 @@ int64_t fm_experts_pinned(const fm_experts *e) { return fm_cache_pinned(e->cache
 void fm_experts_get_stats(const fm_experts *e, fm_expert_stats *out) { *out = e->stats; }
 
 void fm_experts_reset_stats(fm_experts *e) { e->stats = (fm_expert_stats){0}; }
+
+void fm_experts_set_trace(fm_experts *e, fm_trace *trace) { e->trace = trace; }

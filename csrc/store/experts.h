@@ -9,52 +9,70 @@
 #include <stdbool.h>
 
 #include "backend/backend.h"
+#include "base/trace.h"
 #include "io/io.h"
 #include "store/desc.h"
+#include "store/expert_cache.h"
 
 typedef struct fm_experts fm_experts;
 
 typedef struct fm_experts_opts {
     int32_t n_slots;
-    bool verify; /* check recorded CRC-32C on every read */
+    bool verify;            /* check recorded CRC-32C on every read */
+    fm_cache_policy policy;
+    size_t split_bytes;     /* read an expert in parts of about this size; 0: FM_EXPERTS_SPLIT_BYTES */
 } fm_experts_opts;
 
+enum { FM_EXPERTS_SPLIT_BYTES = 4 << 20 };
+
 typedef struct fm_expert_stats {
-    int64_t hits, misses;         /* of demanded experts */
-    int64_t n_reads, bytes_read;  /* from the device, windows included */
+    int64_t hits, misses;         /* of demanded experts; a miss was read for this demand or a guess of it */
+    int64_t n_reads, bytes_read;  /* from the device, alignment included */
     int64_t wait_ns;              /* the compute thread waited for reads */
     int64_t read_ns, crc_ns;      /* summed over I/O workers */
     int64_t n_failed;
+    int64_t guessed, guess_used;  /* experts read on a guess; of them, claimed later */
+    int64_t guess_wasted_bytes;   /* read on guesses that were evicted unused */
 } fm_expert_stats;
-
-/* Bytes of one slot: the largest record of any layer, with the windows of direct I/O (align of fm_io_caps). */
-fm_status fm_experts_slot_bytes(const fm_model_desc *d, size_t align, size_t *bytes);
 
 /* d, io, be are borrowed and must outlive it. */
 fm_status fm_experts_open(const fm_model_desc *d, fm_io *io, fm_backend *be, const fm_experts_opts *opts,
                           fm_experts **out);
 void fm_experts_close(fm_experts *e); /* NULL is fine; waits for reads */
 
-/* Start reads for what is not there, as far as free slots go; touches what is there, so that the wave's own
- * hits are not evicted. n <= n_slots for priority 0. layer is the model's layer number. */
-fm_status fm_experts_hint(fm_experts *e, int32_t layer, const int32_t *ids, int n, int priority);
+typedef enum fm_hint {
+    FM_HINT_DEMAND, /* will be claimed now; a use to the cache */
+    FM_HINT_AHEAD,  /* certain, but later: queued behind, in order */
+    FM_HINT_GUESS,  /* may be wrong: lowest priority, dropped by fm_experts_expire, never an error */
+} fm_hint;
+
+/* Start reads for what is not there, as far as free slots and requests go. DEMAND and AHEAD of one wave and what
+ * follows it: at most n_slots experts together, else they evict each other. layer is the model's layer number. */
+fm_status fm_experts_hint(fm_experts *e, int32_t layer, const int32_t *ids, int n, fm_hint kind);
+
+/* Cancel guesses for this layer that are not among ids and whose reads have not started; cool those that have. */
+void fm_experts_expire(fm_experts *e, int32_t layer, const int32_t *ids, int n);
 
 /* For each i with !claimed[i] that is ready: pin, set claimed[i], fill mats[i] = {gate, up, down}. Blocks until at
  * least one new is ready; *n_new tells how many. cancel (may be NULL) ends the wait with FM_ERR_CANCELLED.
  * On error the pins taken so far stay: release what is claimed. */
 fm_status fm_experts_claim(fm_experts *e, int32_t layer, const int32_t *ids, int n, bool *claimed,
                            fm_mat (*mats)[FM_ROLE_COUNT], const atomic_bool *cancel, int *n_new);
-void fm_experts_release(fm_experts *e, int32_t layer, const int32_t *ids, int n, const bool *claimed);
+/* cool (may be NULL): cool[i] lets expert i go before any other, for sweeps that would flush the cache. */
+void fm_experts_release(fm_experts *e, int32_t layer, const int32_t *ids, int n, const bool *claimed, const bool *cool);
 
 /* Names the tensor of a claimed expert that holds NaN or infinity; FM_OK if none does. */
 fm_status fm_experts_check_finite(const fm_experts *e, int32_t layer, int32_t id);
 
 int32_t fm_experts_slots(const fm_experts *e);
-size_t fm_experts_bytes_per_slot(const fm_experts *e);
+int64_t fm_experts_total(const fm_experts *e); /* experts of all layers */
+int64_t fm_experts_layers(const fm_experts *e);
+bool fm_experts_present(const fm_experts *e, int32_t layer, int32_t id); /* read or being read */
 /* Shrink or grow within what was opened; waits for reads first. Memory above is given back to the system. */
 fm_status fm_experts_resize(fm_experts *e, int32_t n_slots);
 int64_t fm_experts_pinned(const fm_experts *e);
 void fm_experts_get_stats(const fm_experts *e, fm_expert_stats *out);
 void fm_experts_reset_stats(fm_experts *e);
+void fm_experts_set_trace(fm_experts *e, fm_trace *trace); /* borrowed */
 
 #endif
