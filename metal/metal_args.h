@@ -1,4 +1,4 @@
-/* Argument structs and constants shared by the host (metal/*.m) and the shaders.
+/* Argument structs and constants shared by the host (metal, Objective-C) and the shaders.
  * Every struct is asserted to the same size on both sides; all counts are elements, all strides
  * elements unless they say bytes. Pointers are GPU addresses on the host side. */
 #ifndef FM_METAL_ARGS_H

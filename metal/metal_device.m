@@ -31,12 +31,13 @@ fm_status fm_metal_device_open(fm_metal *m)
 
 void fm_metal_device_close(fm_metal *m)
 {
-    [m->encoder endEncoding];
+    [m->encoder endEncoding]; /* what was recorded and never synced is dropped */
     [m->encoder release];
+    [m->commands release];
     m->encoder = nil;
+    m->commands = nil;
     if (m->pending && [m->pending count] > 0 && !m->lost)
         (void)fm_metal_sync(m);
-    [m->commands release];
     while (m->n_buffers > 0)
         fm_metal_free(m, m->buffers[m->n_buffers - 1].base);
     for (int i = 0; i < 2; i++)
@@ -92,11 +93,14 @@ void fm_metal_free(fm_metal *m, void *p)
         fm_metal_buffer b = m->buffers[i];
         if (b.base != p)
             continue;
+        if (!m->lost && (m->encoder || [m->pending count] > 0))
+            (void)fm_metal_sync(m); /* nothing may be freed under the GPU */
         m->n_buffers--;
         for (; i < m->n_buffers; i++)
             m->buffers[i] = m->buffers[i + 1];
         [b.buffer release]; /* before its pages go */
-        munmap(b.map, b.map_bytes);
+        if (!m->lost)
+            munmap(b.map, b.map_bytes); /* a hung device may still write: better leak than be written over */
         m->bytes -= b.bytes;
         return;
     }

@@ -209,12 +209,16 @@ def main(argv=None):
     ap.add_argument("-o", "--out")
     ap.add_argument("--check", action="store_true")
     ap.add_argument("--cuda", action="store_true")
+    ap.add_argument("--embedded", action="store_true", help="check, compile, print the library")
     ap.add_argument("--san", default="", choices=SANITIZERS)
     ap.add_argument("-D", dest="defines", action="append", default=[])
     args = ap.parse_args(argv)
     try:
         if args.cuda:
             compile_cuda(args.file, args.out, defines=args.defines)
+        elif args.embedded:  # as a device compiles the text that it is handed
+            check(args.file, args.defines, include_dirs=[])
+            print(compile_run(args.file, args.san, args.defines, include_dirs=[]))
         elif args.check:
             check(args.file, args.defines)
         else:

@@ -1,0 +1,113 @@
+/* Shared by the files of the stand-in framework.
+ *
+ * Environment: FAKE_METAL_LATE=1     nothing runs before someone waits
+ *              FAKE_METAL_PROTECT=1  buffers that a dispatch did not bind or declare are unreadable while it runs
+ *              FAKE_METAL_FAIL=n     the n-th command buffer ends in an error
+ *              FAKE_METAL_HANG=n     the n-th command buffer never ends
+ *              FAKE_METAL_NO_DEVICE=1, FAKE_METAL_WORKING_SET=bytes, FAKE_METAL_MAX_BUFFER=bytes */
+#ifndef FAKE_METAL_INTERNAL_H
+#define FAKE_METAL_INTERNAL_H
+#import <Metal/Metal.h>
+#include <pthread.h>
+#include <stdbool.h>
+
+#include "msl_abi.h"
+
+enum { FAKE_PAGE = 16384, FAKE_SLOTS = 31, FAKE_MAX_BUFFERS = 4096 };
+
+/* A violated rule: printed and raised, as Metal's validation layer stops the program. */
+void fake_fail(NSString *what);
+#define CHECK(c, ...)                                                                                                  \
+    do {                                                                                                               \
+        if (!(c))                                                                                                      \
+            fake_fail([NSString stringWithFormat:__VA_ARGS__]);                                                        \
+    } while (0)
+
+long fake_env(const char *name, long otherwise);
+
+/* Every object of the stand-in, so that leaks can be counted. */
+@interface FakeObject : NSObject
+@end
+long fake_metal_live(void);
+
+@interface FakeBuffer : FakeObject <MTLBuffer> {
+@public
+    void *p;
+    size_t len, map_bytes; /* map_bytes 0: not ours to free */
+    MTLResourceOptions options;
+    int in_flight;
+}
+@end
+
+@interface FakeLibrary : FakeObject <MTLLibrary> {
+@public
+    void *so;
+    const msl_library *lib;
+}
+@end
+
+@interface FakeFunction : FakeObject <MTLFunction> {
+@public
+    FakeLibrary *library;
+    const msl_kernel *kernel;
+    NSMutableDictionary *constants; /* index -> NSData */
+}
+@end
+
+@interface FakePipeline : FakeObject <MTLComputePipelineState> {
+@public
+    FakeFunction *function;
+}
+@end
+
+typedef struct fake_dispatch {
+    FakePipeline *pipeline;
+    msl_dispatch d;
+    void *bytes[FAKE_SLOTS]; /* owned copies of setBytes */
+    FakeBuffer *bound[FAKE_SLOTS];
+    size_t n_used; /* of the command buffer's `used` when recorded */
+} fake_dispatch;
+
+@class FakeCommandBuffer;
+@interface FakeEncoder : FakeObject <MTLComputeCommandEncoder> {
+@public
+    FakeCommandBuffer *commands;
+    fake_dispatch now;
+    size_t byte_len[FAKE_SLOTS];
+    BOOL ended;
+}
+@end
+
+@interface FakeQueue : FakeObject <MTLCommandQueue> {
+@public
+    pthread_t worker;
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+    NSMutableArray *waiting;
+    bool late, stop;
+    long n_committed;
+}
+- (void)submit:(FakeCommandBuffer *)c;
+- (void)runUntil:(FakeCommandBuffer *)c;
+@end
+
+@interface FakeCommandBuffer : FakeObject <MTLCommandBuffer> {
+@public
+    FakeQueue *queue;
+    fake_dispatch *list;
+    int n, capacity;
+    MTLCommandBufferStatus st;
+    NSMutableArray *handlers, *keep, *used; /* used: buffers declared with useResource */
+    FakeEncoder *open;
+    NSError *problem;
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+    long number;
+}
+- (void)run;
+@end
+
+/* Make the buffers that are not in `allowed` unreadable, or readable again. */
+void fake_buffers_protect(NSSet *allowed, bool hide);
+NSError *fake_error(NSString *domain, NSInteger code, NSString *text);
+#endif
