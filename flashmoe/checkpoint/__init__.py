@@ -21,7 +21,7 @@ from flashmoe.checkpoint import (
 from flashmoe.checkpoint.arch import Architecture, ModelConfig
 from flashmoe.checkpoint.description import ModelDescription
 from flashmoe.checkpoint.source import is_directory, read_tensors
-from flashmoe.config import ConfigReader, _show, load_json, nearest
+from flashmoe.config import ConfigReader, _show, check_config, load_json, nearest
 from flashmoe.errors import ModelFileError, StorageError, UnsupportedError
 
 __all__ = ["ARCHITECTURES", "ModelDescription", "open_checkpoint", "read_model_config"]
@@ -116,6 +116,7 @@ def read_model_config(hf_config: dict[str, Any], where: str) -> tuple[Architectu
         reader = ConfigReader(hf_config, where)
         mc = arch.read_config(reader)
         reader.finish()
+        check_config(mc.core, where)
         return arch, mc
     if not isinstance(text, dict):
         raise ModelFileError(f"{where}: text_config is {_show(text)}, an object is wanted")
@@ -135,6 +136,7 @@ def read_model_config(hf_config: dict[str, Any], where: str) -> tuple[Architectu
         mc.tied = tied if mc.tied in (None, tied) else None
     top.ignore("tie_word_embeddings", *(k for k, v in text.items() if hf_config.get(k) == v))
     top.finish()
+    check_config(mc.core, where)
     return arch, mc
 
 

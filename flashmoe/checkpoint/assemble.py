@@ -27,7 +27,7 @@ from flashmoe.checkpoint.description import (
 from flashmoe.checkpoint.formats import AFFINE_BITS, GROUPS
 from flashmoe.checkpoint.safetensors_file import Tensor
 from flashmoe.checkpoint.source import TensorTable
-from flashmoe.config import check_config, nearest
+from flashmoe.config import nearest
 from flashmoe.errors import ModelFileError, UnsupportedError
 
 __all__ = ["PLAIN", "Assembler", "Matrix"]
@@ -100,7 +100,6 @@ class Assembler:
             tensors.append(self._resident(spec, False, prefix=""))
         experts = [self._experts(i) for i, f in enumerate(c["ffns"]) if f == MOE]
         extra, more = self._leftovers(specs)
-        check_config(c, str(self.table.directory))
         return ModelDescription(
             arch=self.arch.name,
             config=c,

@@ -27,7 +27,7 @@ from flashmoe.checkpoint.formats import (
     role_bytes,
 )
 from flashmoe.checkpoint.safetensors_file import Header, Tensor, read_header
-from flashmoe.config import _show, check_config, load_json, nearest
+from flashmoe.config import _show, load_json, nearest
 from flashmoe.errors import ModelFileError, UnsupportedError
 
 __all__ = ["ALIGN", "FORMAT", "TRUNK", "VERSION", "area_tensor", "open_packed", "read_document",
@@ -141,7 +141,6 @@ class _Reader:
         tensors = self._tensors(trunk)
         experts = self._experts()
         extra = self._extra() if MTP in files else []
-        check_config(self.mc.core, str(self.directory / "config.json"))
         return ModelDescription(
             arch=self.arch.name, config=self.mc.core, files=self.files, tensors=tensors,
             experts=experts, origin="packed", path=self.directory, hf_config=hf_config,
