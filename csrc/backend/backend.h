@@ -160,6 +160,7 @@ struct fm_backend {
 typedef struct fm_backend_opts {
     const char *name; /* a name of FM_BACKEND_LIST; NULL = "cpu" */
     fm_pool *pool;    /* borrowed; outlives the backend */
+    fm_numeric numeric; /* of matrix products with quantised weights, where the backend has a choice */
 } fm_backend_opts;
 
 /* FM_ERR_ARG for an unknown name, FM_ERR_UNSUPPORTED for one not built in or without a device. */

@@ -529,7 +529,7 @@ fm_status fm_backend_open_cpu(const fm_backend_opts *opts, fm_backend **out)
 {
     *out = NULL;
     const fm_kernels *k;
-    FM_TRY(fm_kernels_get(&k));
+    FM_TRY(fm_kernels_get_numeric(opts->numeric, &k));
     void *p;
     FM_TRY(fm_alloc(sizeof(cpu_backend), &p));
     cpu_backend *c = p;

@@ -243,6 +243,7 @@ fm_engine_opts read_opts(const py::dict &d, std::deque<std::string> &strings)
         else if (key == "verify") o.verify = to_i64(v, "verify") != 0;
         else if (key == "cache_policy") o.cache_policy = text(v);
         else if (key == "split_bytes") o.split_bytes = (size_t)to_i64(v, "split_bytes");
+        else if (key == "numeric") o.numeric = text(v);
         else if (key == "lookahead") o.lookahead = to_i64(v, "lookahead");
         else fail(FM_ERR_ARG, "engine option '" + key + "' is unknown");
     }

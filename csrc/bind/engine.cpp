@@ -111,6 +111,7 @@ py::dict info_dict(const Engine &e)
     out["arch"] = e.info.arch;
     out["backend"] = e.info.backend;
     out["cpu_variant"] = e.info.cpu_variant;
+    out["numeric"] = e.info.numeric;
     out["io_method"] = e.info.io_method;
     out["io_direct"] = i.io_direct;
     out["verify"] = i.verify;

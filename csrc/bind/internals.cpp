@@ -9,6 +9,7 @@
 #include "bind/module.h"
 
 extern "C" {
+#include "base/mem.h"
 #include "cpu/kernels.h"
 }
 
@@ -96,6 +97,7 @@ py::tuple route(const std::string &variant, const Floats &logits, int64_t k, boo
 
 void bind_internals(py::module_ &m)
 {
+    m.def("n_allocs", [] { return fm_mem_n_allocs(); }); // of the core, since start: decode must not move it
     m.def("encode", &encode, py::arg("w").noconvert(), py::arg("format"), py::arg("group") = 64,
           py::arg("scale_format") = "bf16");
     m.def("decode", &decode, py::arg("variant"), py::arg("format"), py::arg("group"), py::arg("scale_format"),

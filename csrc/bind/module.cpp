@@ -15,6 +15,7 @@ extern "C" {
 #include "cpu/kernels.h"
 #include "flashmoe.h"
 #include "io/io_list.h"
+#include "io/io_probe.h"
 #include "model/arch_list.h"
 #include "quant/quant.h"
 #include "store/expert_cache.h"
@@ -48,6 +49,39 @@ static uint32_t crc32c(const py::buffer &data, uint32_t crc)
         fail(FM_ERR_ARG, "crc32c: the buffer is not contiguous");
     const py::gil_scoped_release nogil;
     return fm_checksum(crc, b.ptr, (size_t)(b.size * b.itemsize));
+}
+
+// Random reads for at least `seconds`: {"gb_per_s", "bytes", "n_reads", "seconds", "cpu_seconds", "p50_us", "p99_us"}.
+static py::dict io_probe(const std::vector<std::string> &paths, const std::string &method, bool direct, size_t block_bytes,
+                         int depth, double seconds, uint64_t seed)
+{
+    std::vector<const char *> raw;
+    for (const std::string &p : paths)
+        raw.push_back(p.c_str());
+    fm_io_probe_args a{};
+    a.paths = raw.data();
+    a.n_paths = (int)raw.size();
+    a.opts = FM_IO_OPTS_INIT;
+    a.opts.method = method.c_str();
+    a.opts.direct = direct;
+    a.block_bytes = block_bytes;
+    a.depth = depth;
+    a.seconds = seconds;
+    a.seed = seed;
+    fm_io_probe_result r{};
+    {
+        const py::gil_scoped_release nogil;
+        check(fm_io_probe(&a, &r));
+    }
+    py::dict out;
+    out["gb_per_s"] = (double)r.bytes / r.seconds * 1e-9;
+    out["bytes"] = r.bytes;
+    out["n_reads"] = r.n_reads;
+    out["seconds"] = r.seconds;
+    out["cpu_seconds"] = r.cpu_seconds;
+    out["p50_us"] = (double)r.p50_ns * 1e-3;
+    out["p99_us"] = (double)r.p99_ns * 1e-3;
+    return out;
 }
 
 PYBIND11_MODULE(_core, m)
@@ -99,6 +133,8 @@ PYBIND11_MODULE(_core, m)
         return names;
     });
     m.def("env_table", &env_table);
+    m.def("io_probe", &io_probe, py::arg("paths"), py::arg("method") = "pread", py::arg("direct") = true,
+          py::arg("block_bytes") = 1 << 20, py::arg("depth") = 4, py::arg("seconds") = 0.25, py::arg("seed") = 1);
     m.def("crc32c", &crc32c, py::arg("data"), py::arg("crc") = 0);
     bind_engine(m);
     py::module_ internals = m.def_submodule("internals", "Kernels and codecs, for tests and benches only.");

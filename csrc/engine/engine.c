@@ -110,6 +110,18 @@ static fm_status open_lists(fm_engine *e, int64_t rows)
     return FM_OK;
 }
 
+static const char *const numeric_names[FM_NUMERIC_COUNT] = {"exact", "fast"};
+
+static fm_status find_numeric(const char *name, fm_numeric *out)
+{
+    for (int i = 0; i < FM_NUMERIC_COUNT; i++)
+        if (strcmp(name ? name : "exact", numeric_names[i]) == 0) {
+            *out = (fm_numeric)i;
+            return FM_OK;
+        }
+    return fm_fail(FM_ERR_ARG, "numeric mode '%s' is unknown; there are: exact, fast", name);
+}
+
 static fm_status open_parts(fm_engine *e, const fm_engine_model *model, const fm_engine_opts *o)
 {
     int64_t k;
@@ -124,7 +136,9 @@ static fm_status open_parts(fm_engine *e, const fm_engine_model *model, const fm
     const fm_kernels *kernels;
     FM_TRY(fm_kernels_get(&kernels));
     e->cpu_variant = kernels->name;
-    const fm_backend_opts be = {o->backend, e->pool};
+    fm_backend_opts be = {o->backend, e->pool, FM_NUMERIC_EXACT};
+    FM_TRY(find_numeric(o->numeric, &be.numeric));
+    e->numeric = be.numeric;
     FM_TRY(fm_backend_open(&be, &e->be));
     FM_TRY(fm_weights_open(e->desc, e->io, e->be, e->pool, &e->weights));
     if (e->desc->n_expert_layers > 0) {
@@ -232,6 +246,7 @@ fm_status fm_engine_get_info(fm_engine *e, fm_engine_info *out)
         .arch = e->model->arch->name,
         .backend = e->be->v->name,
         .cpu_variant = e->cpu_variant,
+        .numeric = numeric_names[e->numeric],
         .io_method = io.method,
         .io_direct = io.direct,
         .verify = e->verify,

@@ -25,6 +25,7 @@ struct fm_engine {
     int64_t context;
     bool verify;
     const char *cpu_variant;
+    fm_numeric numeric;
     fm_engine_stats stats; /* tokens and their time only */
     /* forward's per-span lists, [max_rows] */
     fm_span *spans;

@@ -184,9 +184,11 @@ static fm_status complete(fm_experts *e, fm_io_req *r)
     e->stats.read_ns += r->ns_read;
     e->stats.crc_ns += r->ns_crc;
     s->crc[part] = r->crc;
-    if (e->trace)
+    if (e->trace) { /* the end is when it was seen: up to one job of compute later than it was */
+        const int64_t t1 = fm_clock_ns(), took = r->ns_queued + r->ns_read + r->ns_crc;
         fm_trace_add(e->trace, s->guess ? FM_TRACE_guess : FM_TRACE_read, e->d->experts[key / e->stride].layer,
-                     (int32_t)(key % e->stride), r->ns_queued, fm_clock_ns(), (int64_t)r->done_bytes);
+                     (int32_t)(key % e->stride), t1 - took, t1, (int64_t)r->done_bytes);
+    }
     if (r->status != FM_OK) {
         e->stats.n_failed += r->status != FM_ERR_CANCELLED;
         if (s->demand && !s->failed && r->status != FM_ERR_CANCELLED)
