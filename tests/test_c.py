@@ -6,6 +6,7 @@ whether it passed (0), failed (1) or was skipped (77).
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -80,3 +81,30 @@ def test_c_program(mode, program, built, tmp_path):
     if result.returncode == 77:
         pytest.skip(result.stderr.strip() or "skipped without a reason")
     assert result.returncode == 0, f"exit {result.returncode}\n{result.stdout}{result.stderr}"
+
+
+def test_bench_io_measures_every_method(tmp_path):
+    """A few milliseconds each: the numbers mean nothing, the lines must be whole."""
+    if shutil.which(CC) is None or shutil.which("make") is None:
+        pytest.skip("no C compiler or no make")
+    out = BUILD.parent / "bench-test"
+    command = ["make", "-s", "-j2", "DIRS=base io", "PROGRAMS=bench_io", f"OUT={out}", f"CC={CC}"]
+    made = subprocess.run([*command], cwd=TESTS.parent / "bench", capture_output=True, text=True)
+    assert made.returncode == 0, made.stdout + made.stderr
+    options = "--size 4M --blocks 64K,1M --depths 1,4 --runs 2 --seconds 0.02".split()
+    result = subprocess.run(
+        [out / "bench_io", "--file", tmp_path / "data", *options],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0, result.stderr
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    assert {line["method"] for line in lines} >= {"pread", "mmap"}
+    assert [line["bench"] for line in lines].count("io_best") == 1
+    assert lines[-1]["bench"] == "io_best"
+    for line in lines:
+        assert line["gb_per_s"] > 0
+        assert line["p50_us"] <= line["p99_us"]
+        assert line["data_checked"]
+        assert line["commit"]

@@ -90,7 +90,8 @@ static void push_part(ring *r, int i)
     s->part = fm_io_next_part(r->io, s->req);
     e->opcode = IORING_OP_READ;
     e->fd = r->fixed_files ? s->req->file : s->part.fd;
-    e->flags = r->fixed_files ? IOSQE_FIXED_FILE : 0;
+    /* A cached read would be copied, or wait for read-ahead, inside the submitting call. */
+    e->flags = (r->fixed_files ? IOSQE_FIXED_FILE : 0) | (r->io->caps.direct ? 0 : IOSQE_ASYNC);
     e->off = (uint64_t)s->part.off;
     e->addr = (uint64_t)(uintptr_t)s->part.dst;
     e->len = (uint32_t)s->part.bytes;
