@@ -29,7 +29,14 @@ class OutOfMemory(FlashMoeError, MemoryError):
 
 
 class StorageError(FlashMoeError, OSError):
-    """The system refused or failed a file operation (``errno`` and ``filename`` are set)."""
+    """The system refused or failed a file operation; ``filename`` and mostly ``errno`` are set.
+
+    A file that ends early has no ``errno``: the system did not fail.
+    """
+
+    def __str__(self) -> str:
+        # OSError would say "[Errno None] None" of a message that came without an errno.
+        return str(self.args[0]) if self.errno is None and self.args else super().__str__()
 
 
 class ModelFileError(FlashMoeError, ValueError):
