@@ -7,8 +7,6 @@
 #if FM_VEC_ISA == FM_VEC_AVX512
 #include <immintrin.h>
 
-#define DP_FULL_U8 1
-
 FM_INLINE vf vf_fma(vf a, vf b, vf c) { return (vf)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
 FM_INLINE vf vf_max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
 FM_INLINE vi vf_round_i(vf x) { return (vi)_mm512_cvtps_epi32((__m512)x); }
@@ -33,8 +31,10 @@ FM_INLINE vf vf_from_u8(const uint8_t *p)
     return (vf)_mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)));
 }
 
-FM_INLINE vi vi_dp(vi acc, vu u, vi s)
+#define VI_DP_SPLITS 0
+FM_INLINE vi vi_dp(vi acc, vu u, vi s, bool wide)
 {
+    (void)wide;
     return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)u, (__m512i)s);
 }
 
@@ -67,24 +67,29 @@ FM_INLINE void v_transpose(vu *d)
     }
 }
 
-/* VB codes of `bits` each, from n <= VB*bits/8 bytes at p (missing bytes read as 0): one byte per code. vpermb brings
- * the bits-byte run of 8 codes to its qword, vpmultishiftqb cuts it. */
-FM_INLINE vb v_unpack(const uint8_t *p, int64_t n, int bits)
+/* How to cut codes of `bits` each out of bytes: vpermb brings the run of 8 codes to its qword, vpmultishiftqb cuts it. */
+typedef struct v_cut {
+    __m512i run, at, mask;
+    int bits;
+} v_cut;
+
+FM_INLINE v_cut v_cut_make(int bits)
 {
-    const __mmask64 have = n >= 64 ? ~0ull : (1ull << n) - 1;
-    const __m512i in = _mm512_maskz_loadu_epi8(have, p);
-    const __m512i lane = _mm512_set_epi64(0x0707070707070707, 0x0606060606060606, 0x0505050505050505,
-                                          0x0404040404040404, 0x0303030303030303, 0x0202020202020202,
-                                          0x0101010101010101, 0);
-    const __m512i step = _mm512_set1_epi64(0x0706050403020100);
-    __m512i from = step; /* byte j*bits + 0..7 */
-    for (int i = 0; i < bits; i++)
-        from = _mm512_add_epi8(from, lane);
-    __m512i at = _mm512_setzero_si512(); /* bit k*bits within the qword */
-    for (int i = 0; i < bits; i++)
-        at = _mm512_add_epi8(at, step);
-    const __m512i runs = _mm512_permutexvar_epi8(from, in);
-    return (vb)_mm512_and_si512(_mm512_multishift_epi64_epi8(at, runs), _mm512_set1_epi8((char)((1 << bits) - 1)));
+    uint8_t run[64], at[64];
+    for (int i = 0; i < 64; i++) {
+        run[i] = (uint8_t)(i / 8 * bits + i % 8);
+        at[i] = (uint8_t)(i % 8 * bits);
+    }
+    return (v_cut){_mm512_loadu_si512(run), _mm512_loadu_si512(at), _mm512_set1_epi8((char)((1 << bits) - 1)), bits};
+}
+
+/* VB codes from the first VB*bits/8 of n bytes at p (missing bytes read as 0), one byte per code. */
+FM_INLINE vb v_unpack(const v_cut *c, const uint8_t *p, int64_t n)
+{
+    const int64_t want = 8 * c->bits;
+    const __mmask64 have = ~0ull >> (64 - (n < want ? n : want));
+    const __m512i runs = _mm512_permutexvar_epi8(c->run, _mm512_maskz_loadu_epi8(have, p));
+    return (vb)_mm512_and_si512(_mm512_multishift_epi64_epi8(c->at, runs), c->mask);
 }
 
 #endif

@@ -40,9 +40,10 @@ FM_INLINE void exact_affine(const fm_mat *W, const uint8_t *code, const uint8_t 
                             int64_t have, int64_t n, int bits, float *w)
 {
     const int64_t size = W->scale_format == FM_QUANT_F32 ? 4 : 2;
+    const v_cut cut = v_cut_make(bits);
     for (int64_t c = 0; c < n; c += VB) {
         uint8_t u[VB];
-        const vb codes = v_unpack(code + c * bits / 8, have - c * bits / 8, bits);
+        const vb codes = v_unpack(&cut, code + c * bits / 8, have - c * bits / 8);
         memcpy(u, &codes, sizeof u);
 #pragma GCC unroll 4
         for (int j = 0; j < VB; j += 16) { /* groups are whole sixteens */
@@ -58,20 +59,23 @@ FM_INLINE void exact_affine(const fm_mat *W, const uint8_t *code, const uint8_t 
     }
 }
 
+FM_INLINE vf exact_plain_part(const uint8_t *p, fm_quant format, int64_t n)
+{
+    if (format == FM_QUANT_F32)
+        return (vf)vu_load_part(p, n);
+    const vh h = vh_load_part(p, n);
+    return format == FM_QUANT_BF16 ? vf_from_bf16(&h) : vf_from_f16(&h);
+}
+
 FM_INLINE void exact_plain(const uint8_t *p, fm_quant format, int64_t n, float *w)
 {
-    const int64_t size = format == FM_QUANT_F32 ? 4 : 2;
-    for (int64_t c = 0; c < n; c += VL) {
-        const int64_t have = n - c < VL ? n - c : VL;
-        vf v;
-        if (format == FM_QUANT_F32) {
-            v = (vf)vu_load_part(p + c * size, have);
-        } else {
-            const vh h = vh_load_part(p + c * size, have);
-            v = format == FM_QUANT_BF16 ? vf_from_bf16(&h) : vf_from_f16(&h);
-        }
-        vf_store(w + c, v);
-    }
+    int64_t c = 0;
+    for (; c + VL <= n; c += VL)
+        vf_store(w + c, format == FM_QUANT_F32    ? vf_load(p + c * 4)
+                        : format == FM_QUANT_BF16 ? vf_from_bf16(p + c * 2)
+                                                  : vf_from_f16(p + c * 2));
+    if (c < n)
+        vf_store(w + c, exact_plain_part(p + c * (format == FM_QUANT_F32 ? 4 : 2), format, n - c));
 }
 
 FM_INLINE void exact_decode(const fm_mat *W, int64_t r, int64_t c, int64_t n, int bits, fm_quant plain, float *w)

@@ -16,7 +16,7 @@ enum {
     FAST_BLOCK = 64,
     FAST_PAD = 256,   /* prepared rows are whole chunks of every format; the padding is 0 */
     FAST_KB = 1024,   /* columns per pass over scales, and of an unpacked tile */
-    FAST_MAX_T = 4,   /* rows of the small-n path */
+    FAST_MAX_T = 2,   /* rows of the small-n path */
 };
 
 FM_INLINE int64_t fast_padded(int64_t n_cols) { return (n_cols + FAST_PAD - 1) / FAST_PAD * FAST_PAD; }
@@ -73,7 +73,7 @@ FM_INLINE void fast_block(const float *x, int64_t n, int8_t *nat, int8_t *nib, i
     int32_t sum4[16];
 #pragma GCC unroll 4
     for (int i = 0; i < 64 / VB; i++) {
-        const vi s = vi_dp((vi){0}, vu_set(0x01010101), (vi)vu_load(nat + i * VB));
+        const vi s = vi_dp((vi){0}, vu_set(0x01010101), (vi)vu_load(nat + i * VB), false);
         memcpy(sum4 + i * VL, &s, sizeof s);
     }
     int32_t s16[4];
@@ -133,7 +133,7 @@ FM_INLINE vf vf_load_num(const uint8_t *p, fm_quant format, int64_t n)
 }
 
 /* Scales and biases of groups g0 .. g0+n, lanes = rows; zeros up to the end of the padding. */
-FM_INLINE void fast_scales(const fm_mat *W, const fast_tile *t, int64_t g0, int64_t n, int64_t n_padded, float *sc,
+static __attribute__((unused, noinline)) void fast_scales(const fm_mat *W, const fast_tile *t, int64_t g0, int64_t n, int64_t n_padded, float *sc,
                            float *bi)
 {
     const int64_t size = W->scale_format == FM_QUANT_F32 ? 4 : 2;
@@ -170,13 +170,14 @@ FM_INLINE void fast_scales(const fm_mat *W, const fast_tile *t, int64_t g0, int6
 }
 
 /* d[i] = dword i of every row's chunk: VL*4*planes columns from column c. */
-FM_INLINE void fast_chunk(const fm_mat *W, const fast_tile *t, int64_t c, int planes, int bits, vu *d)
+FM_INLINE void fast_chunk(const fm_mat *W, const fast_tile *t, int64_t c, int planes, int bits,
+                          const v_cut *cut, vu *d)
 {
     const int64_t off = c * bits / 8, have = W->codes_stride - off;
     if (planes == 1 && bits != 8) {
 #pragma GCC unroll 16
         for (int r = 0; r < VL; r++)
-            d[r] = (vu)v_unpack(t->code[r] + off, have, bits);
+            d[r] = (vu)v_unpack(cut, t->code[r] + off, have);
     } else if (have >= VB) {
 #pragma GCC unroll 16
         for (int r = 0; r < VL; r++)
@@ -216,17 +217,22 @@ FM_INLINE void fast_small(const fm_mat *W, const fast_tile *tile, fast_shape f, 
     const uint32_t mask = (uint32_t)(0x01010101u * ((1u << (8 / planes)) - 1));
     const int bits = planes == 1 ? f.bits : 8 / planes;
     const int64_t ahead = VL * W->codes_stride;
+    const v_cut cut = v_cut_make(bits);
     for (int64_t k0 = 0; k0 < W->n_cols; k0 += FAST_KB) {
         const int64_t kn = W->n_cols - k0 < FAST_KB ? W->n_cols - k0 : FAST_KB;
         fast_scales(W, tile, k0 >> f.group_shift, kn >> f.group_shift, fast_padded(kn) >> f.group_shift, sc, bi);
         vi isum[FAST_MAX_T][CHAINS] = {{{0}}};
         for (int64_t c = k0; c < k0 + kn; c += chunk) {
             vu d[VL];
-            /* the next tile lies right behind this one: fetch it in memory order */
+            /* The next tile lies right behind this one: fetch it in memory order. The sparse touches further on
+             * wake the hardware's stream prefetcher, which is not bound by the core's fill buffers. */
             const uint8_t *next = tile->code[0] + ahead + c * bits / 8 * VL;
-            for (int64_t b = 0; b < VL * 4 * planes * bits / 8 * VL; b += 64)
+            for (int64_t b = 0; b < VL * 4 * planes * bits / 8 * VL; b += 64) {
                 __builtin_prefetch(next + b, 0, 2);
-            fast_chunk(W, tile, c, planes, bits, d);
+                if (b % 512 == 0)
+                    __builtin_prefetch(next + b + 4096, 0, 2);
+            }
+            fast_chunk(W, tile, c, planes, bits, &cut, d);
 #pragma GCC unroll 16
             for (int j = 0; j < VL * planes / 4; j++) { /* 16 columns */
 #pragma GCC unroll 4
@@ -235,7 +241,8 @@ FM_INLINE void fast_small(const fm_mat *W, const fast_tile *tile, fast_shape f, 
 #pragma GCC unroll 4
                     for (int t = 0; t < T; t++) {
                         const vi q = (vi)vu_set(dword_at(x[t].q + c + 16 * j + 4 * i));
-                        isum[t][i % CHAINS] = vi_dp(isum[t][i % CHAINS], planes == 1 ? d[j * 4 + i] : w, q);
+                        isum[t][i % CHAINS] = vi_dp(isum[t][i % CHAINS], planes == 1 ? d[j * 4 + i] : w, q,
+                                                     planes == 1);
                     }
                 }
                 const int64_t end = c + 16 * (j + 1);

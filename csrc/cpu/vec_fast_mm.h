@@ -23,9 +23,10 @@ FM_INLINE void mm_unpack_as(const fm_mat *W, const fast_tile *t, int64_t k0, int
                             uint8_t *out)
 {
     const uint32_t mask = (uint32_t)(0x01010101u * ((1u << (8 / planes)) - 1));
+    const v_cut cut = v_cut_make(bits);
     for (int64_t c = k0; c < k0 + kn; c += VL * 4 * planes) {
         vu d[VL];
-        fast_chunk(W, t, c, planes, bits, d);
+        fast_chunk(W, t, c, planes, bits, &cut, d);
 #pragma GCC unroll 16
         for (int i = 0; i < VL; i++)
 #pragma GCC unroll 4
@@ -43,8 +44,6 @@ FM_STATIC void mm_unpack(const fm_mat *W, fast_shape f, int64_t r, int64_t r1, i
             mm_unpack_as(W, &t, k0, kn, 4, 2, m->code[i]);
         else if (f.bits == 2)
             mm_unpack_as(W, &t, k0, kn, 2, 4, m->code[i]);
-        else if (f.bits == 8)
-            mm_unpack_as(W, &t, k0, kn, 8, 1, m->code[i]);
         else
             mm_unpack_as(W, &t, k0, kn, f.bits, 1, m->code[i]);
     }
@@ -74,7 +73,8 @@ FM_INLINE void mm_store(const mm_out *o, int t, int rt, vf v)
         vf_store_part(p, v, n);
 }
 
-FM_INLINE void mm_block(const mm_tile *m, fast_shape f, const fast_x *x, int64_t k0, int64_t kn, const mm_out *o, int T)
+FM_INLINE void mm_block(const mm_tile *m, fast_shape f, const fast_x *x, int64_t k0, int64_t kn, const mm_out *o, int T,
+                        bool wide)
 {
     vf acc[MM_T][MM_RT];
 #pragma GCC unroll 8
@@ -95,7 +95,7 @@ FM_INLINE void mm_block(const mm_tile *m, fast_shape f, const fast_x *x, int64_t
                 const vi q = (vi)vu_set(dword_at(x[t].q + k0 + k));
 #pragma GCC unroll 2
                 for (int i = 0; i < MM_RT; i++)
-                    isum[t][i] = vi_dp(isum[t][i], w[i], q);
+                    isum[t][i] = vi_dp(isum[t][i], w[i], q, wide);
             }
         }
         const int64_t g = c >> f.group_shift;
@@ -114,30 +114,39 @@ FM_INLINE void mm_block(const mm_tile *m, fast_shape f, const fast_x *x, int64_t
             mm_store(o, t, i, acc[t][i]);
 }
 
+FM_INLINE void mm_rows(const mm_tile *m, fast_shape f, const fm_act *a, int64_t n, int64_t k0, int64_t kn, mm_out o,
+                       bool wide)
+{
+    const int planes = f.bits == 4 ? 2 : f.bits == 2 ? 4 : 1;
+    for (int64_t i = 0; i < n; i += MM_T, o.y += MM_T * o.ldy) {
+        fast_x x[MM_T];
+        const int T = (int)(n - i < MM_T ? n - i : MM_T);
+        for (int t = 0; t < T; t++)
+            x[t] = fast_row(a, i + t, planes, f.sub);
+        switch (T) {
+        case 1: mm_block(m, f, x, k0, kn, &o, 1, wide); break;
+        case 2: mm_block(m, f, x, k0, kn, &o, 2, wide); break;
+        case 3: mm_block(m, f, x, k0, kn, &o, 3, wide); break;
+        case 4: mm_block(m, f, x, k0, kn, &o, 4, wide); break;
+        case 5: mm_block(m, f, x, k0, kn, &o, 5, wide); break;
+        default: mm_block(m, f, x, k0, kn, &o, MM_T, wide); break;
+        }
+    }
+}
+
 FM_STATIC void fast_tiles(const fm_mat *W, const fm_act *a, int64_t n, float *y, int64_t ldy, int64_t r0, int64_t r1)
 {
     const fast_shape f = fast_shape_of(W);
-    const int planes = f.bits == 4 ? 2 : f.bits == 2 ? 4 : 1;
     mm_tile m;
     for (int64_t r = r0; r < r1; r += MM_RT * VL)
         for (int64_t k0 = 0; k0 < W->n_cols; k0 += MM_KB) {
             const int64_t kn = W->n_cols - k0 < MM_KB ? W->n_cols - k0 : MM_KB;
+            const mm_out o = {y + r, ldy, r1 - r, k0 == 0};
             mm_unpack(W, f, r, r1, k0, kn, &m);
-            for (int64_t i = 0; i < n; i += MM_T) {
-                fast_x x[MM_T];
-                const int T = (int)(n - i < MM_T ? n - i : MM_T);
-                for (int t = 0; t < T; t++)
-                    x[t] = fast_row(a, i + t, planes, f.sub);
-                const mm_out o = {y + i * ldy + r, ldy, r1 - r, k0 == 0};
-                switch (T) {
-                case 1: mm_block(&m, f, x, k0, kn, &o, 1); break;
-                case 2: mm_block(&m, f, x, k0, kn, &o, 2); break;
-                case 3: mm_block(&m, f, x, k0, kn, &o, 3); break;
-                case 4: mm_block(&m, f, x, k0, kn, &o, 4); break;
-                case 5: mm_block(&m, f, x, k0, kn, &o, 5); break;
-                default: mm_block(&m, f, x, k0, kn, &o, MM_T); break;
-                }
-            }
+            if (VI_DP_SPLITS && f.bits < 8)
+                mm_rows(&m, f, a, n, k0, kn, o, false);
+            else
+                mm_rows(&m, f, a, n, k0, kn, o, true);
         }
 }
 
@@ -162,46 +171,34 @@ FM_INLINE void fast_few_as(const fm_mat *W, const fm_act *a, int64_t i, float *y
     }
 }
 
-/* n rows, in threes or less: the weights of the range are read once per three rows, from cache after the first. */
-#define FAST_FEW(name, planes, sub)                                                                \
+/* One or two rows; one by one where the sub-block is not known to the compiler. */
+#define FAST_FEW(name, planes)                                                                     \
     static void fast_few_##name(const fm_mat *W, const fm_act *a, int64_t n, float *y, int64_t ldy, int64_t r0,    \
                                 int64_t r1)                                                        \
     {                                                                                              \
-        for (int64_t i = 0; i < n;) {                                                              \
-            const int64_t left = n - i;                                                            \
-            if (left == 1)                                                                         \
-                fast_few_as(W, a, i, y, ldy, r0, r1, 1, planes, sub);                              \
-            else if (left == 2)                                                                    \
-                fast_few_as(W, a, i, y, ldy, r0, r1, 2, planes, sub);                              \
-            else if (left == 3)                                                                    \
-                fast_few_as(W, a, i, y, ldy, r0, r1, 3, planes, sub);                              \
-            else                                                                                   \
-                fast_few_as(W, a, i, y, ldy, r0, r1, 4, planes, sub);                              \
-            i += left < 4 ? left : 4;                                                              \
-        }                                                                                          \
+        if (W->group < 64)                                                                         \
+            for (int64_t i = 0; i < n; i++)                                                        \
+                fast_few_as(W, a, i, y, ldy, r0, r1, 1, planes, 0);                                \
+        else if (n == 1)                                                                           \
+            fast_few_as(W, a, 0, y, ldy, r0, r1, 1, planes, 64);                                   \
+        else                                                                                       \
+            fast_few_as(W, a, 0, y, ldy, r0, r1, 2, planes, 64);                                   \
     }
-FAST_FEW(p1, 1, 0)
-FAST_FEW(p2, 2, 0)
-FAST_FEW(p4, 4, 0)
-FAST_FEW(p1_g64, 1, 64)
-FAST_FEW(p2_g64, 2, 64)
-FAST_FEW(p4_g64, 4, 64)
+FAST_FEW(p1, 1)
+FAST_FEW(p2, 2)
+FAST_FEW(p4, 4)
 
 #ifndef FAST_TILES
 #define FAST_TILES fast_tiles /* a variant with matrix tiles puts its own here */
 #endif
-
-enum { FAST_FEW_MAX = 4 }; /* more rows: unpack once */
 
 #define FAST_MATMUL(name, few)                                                                     \
     static void name(const fm_mat *W, const fm_act *a, int64_t n, float *y, int64_t ldy, int64_t r0, int64_t r1) \
     {                                                                                              \
         if (r0 >= r1)                                                                              \
             return;                                                                                \
-        if (n > FAST_FEW_MAX)                                                                      \
+        if (n > FAST_MAX_T)                                                                        \
             FAST_TILES(W, a, n, y, ldy, r0, r1);                                                   \
-        else if (W->group >= 64)                                                                   \
-            fast_few_##few##_g64(W, a, n, y, ldy, r0, r1);                                         \
         else                                                                                       \
             fast_few_##few(W, a, n, y, ldy, r0, r1);                                               \
     }

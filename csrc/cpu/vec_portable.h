@@ -40,8 +40,10 @@ FM_INLINE vf vf_from_f16(const void *p)
 
 FM_INLINE vf vf_from_u8(const uint8_t *p) { return (vf){p[0], p[1], p[2], p[3]}; }
 
-FM_INLINE vi vi_dp(vi acc, vu u, vi s)
+#define VI_DP_SPLITS 0
+FM_INLINE vi vi_dp(vi acc, vu u, vi s, bool wide)
 {
+    (void)wide;
     for (int i = 0; i < 32; i += 8)
         acc += (vi)((u >> i) & 0xff) * ((s << (24 - i)) >> 24);
     return acc;
@@ -54,8 +56,15 @@ FM_INLINE void v_transpose(vu *d)
         d[i] = (vu){a[i], b[i], c[i], e[i]};
 }
 
-FM_INLINE vb v_unpack(const uint8_t *p, int64_t n, int bits)
+typedef struct v_cut {
+    int bits;
+} v_cut;
+
+FM_INLINE v_cut v_cut_make(int bits) { return (v_cut){bits}; }
+
+FM_INLINE vb v_unpack(const v_cut *c, const uint8_t *p, int64_t n)
 {
+    const int bits = c->bits;
     vb out = {0};
     for (int i = 0; i < VB; i++) {
         const int at = i * bits;
