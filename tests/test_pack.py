@@ -462,3 +462,18 @@ def test_damaged_journal(tmp_path, text):
     (tmp_path / "p.partial/journal.json").write_text(text)
     with pytest.raises(StateError, match="damaged"):
         pack(files.GOLDEN / "q3moe", tmp_path / "p")
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize("group", [16, 32, 64, 128])
+def test_quantise_is_the_cores(bits, group):
+    """The C codec and this one give the same bytes, also for strange rows."""
+    internals = pytest.importorskip("flashmoe._core").internals
+    rng = np.random.default_rng(bits + group)
+    x = rng.standard_normal((64, 256)).astype(np.float32)
+    x *= np.exp2(rng.integers(-40, 40, (64, 1))).astype(np.float32)
+    x[0], x[1, ::2] = 0, 0
+    x[2], x[3] = 7.25, -1e-30
+    x[4, 3] = 3e38
+    for a, b in zip(quantise(x, bits, group), internals.encode(x, f"affine{bits}", group), strict=True):
+        assert (a.view(np.uint8).reshape(-1) == b.reshape(-1)).all()

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from flashmoe.checkpoint.crc32c import crc32c
+from flashmoe._core import crc32c
 from flashmoe.config import load_json
 from flashmoe.errors import ModelFileError, StateError
 from flashmoe.pack.layout import PlannedFile

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from flashmoe.checkpoint.crc32c import crc32c
+from flashmoe._core import crc32c
 from flashmoe.checkpoint.description import ExpertDesc, ExpertRole, RawTensor, TensorDesc
 from flashmoe.checkpoint.formats import area_bytes, bits_of, role_bytes
 from flashmoe.checkpoint.packed import (

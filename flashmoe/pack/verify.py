@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from flashmoe.checkpoint.crc32c import crc32c
+from flashmoe._core import crc32c
 from flashmoe.checkpoint.description import Piece
 from flashmoe.checkpoint.formats import role_bytes
 from flashmoe.checkpoint.packed import DOCUMENT, open_packed, read_document
