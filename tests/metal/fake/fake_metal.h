@@ -41,7 +41,6 @@ long fake_metal_live(void);
 
 @interface FakeLibrary : FakeObject <MTLLibrary> {
 @public
-    void *so;
     const msl_library *lib;
 }
 @end

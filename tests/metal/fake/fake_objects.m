@@ -186,6 +186,30 @@ void fake_buffers_protect(NSSet *allowed, bool hide)
 @interface FakeDevice : FakeObject <MTLDevice>
 @end
 
+/* FAKE_METAL_COMPILE is a command that type-checks and compiles a file and prints the library's path. The library
+ * stays loaded: the sanitizers keep pointers into it. */
+static void *compile_source(const char *text, char *why, size_t why_len)
+{
+    const char *tool = getenv("FAKE_METAL_COMPILE");
+    char path[] = "/tmp/fake-metal-XXXXXX", command[4096], out[4096] = "";
+    CHECK(tool, @"newLibraryWithSource: FAKE_METAL_COMPILE is not set");
+    const int fd = mkstemp(path);
+    const bool written = write(fd, text, strlen(text)) == (ssize_t)strlen(text);
+    close(fd);
+    snprintf(command, sizeof command, "env -u LD_PRELOAD %s %s 2>&1", tool, path);
+    FILE *f = written ? popen(command, "r") : NULL;
+    const size_t n = f ? fread(out, 1, sizeof out - 1, f) : 0;
+    const int status = f ? pclose(f) : -1;
+    unlink(path);
+    out[n] = 0;
+    if (status == 0)
+        out[strcspn(out, "\n")] = 0;
+    void *so = status == 0 ? dlopen(out, RTLD_NOW | RTLD_LOCAL) : NULL;
+    if (!so)
+        snprintf(why, why_len, "%s", status ? out : dlerror());
+    return so;
+}
+
 @implementation FakeDevice
 - (NSString *)name { return @"stand-in for Metal (CPU)"; }
 - (BOOL)supportsFamily:(MTLGPUFamily)f { return f == MTLGPUFamilyMetal3; }
@@ -228,33 +252,23 @@ void fake_buffers_protect(NSSet *allowed, bool hide)
     return b;
 }
 
-/* The kernels are compiled by the runner; the environment names the library that it made of this very source. */
 - (id<MTLLibrary>)newLibraryWithSource:(NSString *)source options:(MTLCompileOptions *)o error:(NSError **)error
 {
-    const char *tool = getenv("FAKE_METAL_COMPILE");
-    CHECK(tool && o, @"newLibraryWithSource: FAKE_METAL_COMPILE is not set, or no options");
-    char path[] = "/tmp/fake-metal-XXXXXX", command[4096], out[4096] = "";
-    const int fd = mkstemp(path);
-    const char *text = [source UTF8String];
-    const bool written = write(fd, text, strlen(text)) == (ssize_t)strlen(text);
-    close(fd);
-    snprintf(command, sizeof command, "env -u LD_PRELOAD %s %s 2>&1", tool, path);
-    FILE *f = written ? popen(command, "r") : NULL;
-    const size_t n = f ? fread(out, 1, sizeof out - 1, f) : 0;
-    const int status = f ? pclose(f) : -1;
-    unlink(path);
-    out[n] = 0;
-    out[strcspn(out, status ? "" : "\n")] = 0;
-    void *so = status ? NULL : dlopen(out, RTLD_NOW | RTLD_LOCAL);
-    if (!so) {
-        const char *why = status ? out : dlerror();
-        if (error)
+    static NSString *last; /* compiling takes a second: once for each text in a row */
+    static void *so;
+    CHECK(o, @"newLibraryWithSource: no options");
+    if (![last isEqual:source]) {
+        char why[4096];
+        so = compile_source([source UTF8String], why, sizeof why);
+        [last release];
+        last = so ? [source copy] : nil;
+        if (!so && error)
             *error = fake_error(@"MTLLibraryErrorDomain", 3, [NSString stringWithUTF8String:why]);
-        return nil;
+        if (!so)
+            return nil;
     }
     const msl_library *(*get)(void) = (const msl_library *(*)(void))dlsym(so, "msl_get_library");
     FakeLibrary *l = [[FakeLibrary alloc] init];
-    l->so = so; /* stays loaded: TSan and ASan keep pointers into it */
     l->lib = get();
     return l;
 }
