@@ -80,6 +80,11 @@ fm_status fm_metal_scratch(fm_metal *m, int i, size_t bytes, fm_metal_place *out
 
 /* The open encoder, made on first use after begin, flush or sync. */
 fm_status fm_metal_encoder(fm_metal *m, id<MTLComputeCommandEncoder> *out);
+/* What was recorded so far; borrowed until close. For tests and benchmarks. */
+const fm_metal_counters *fm_metal_counters_get(const fm_metal *m);
+/* Longest wait for one command buffer, of all backends; 60 at start. */
+void fm_metal_timeout_set(int seconds);
+
 /* Commit what is recorded; sync also waits for everything and reports the first failure. */
 void fm_metal_flush(fm_metal *m);
 fm_status fm_metal_sync(fm_metal *m);

@@ -8,7 +8,13 @@
 
 #include "base/mem.h"
 
-enum { PAGE = 16384, RING_CHUNK = 1 << 20, RING_ALIGN = 256, TIMEOUT_SECONDS = 60 };
+enum { PAGE = 16384, RING_CHUNK = 1 << 20, RING_ALIGN = 256 };
+
+static int timeout_s = 60; /* a token takes far less; the system kills a stuck GPU sooner */
+
+void fm_metal_timeout_set(int seconds) { timeout_s = seconds; }
+
+const fm_metal_counters *fm_metal_counters_get(const fm_metal *m) { return &m->counters; }
 
 fm_status fm_metal_device_open(fm_metal *m)
 {
@@ -254,11 +260,11 @@ fm_status fm_metal_sync(fm_metal *m)
     fm_status status = FM_OK;
     const NSUInteger n = [m->pending count];
     for (NSUInteger i = 0; i < n && status == FM_OK; i++) {
-        const dispatch_time_t until = dispatch_time(DISPATCH_TIME_NOW, (int64_t)TIMEOUT_SECONDS * 1000000000);
+        const dispatch_time_t until = dispatch_time(DISPATCH_TIME_NOW, (int64_t)timeout_s * 1000000000);
         if (dispatch_semaphore_wait(m->done, until) != 0) {
             m->lost = true; /* its memory stays in use: nothing may be freed under the GPU */
             return fm_fail(FM_ERR_BACKEND, "backend 'metal': a command buffer did not finish within %d s",
-                           TIMEOUT_SECONDS);
+                           timeout_s);
         }
     }
     for (NSUInteger i = 0; i < n && status == FM_OK; i++) {

@@ -124,7 +124,7 @@ ExpertJob = struct("ExpertJob", gate=Mat, up=Mat, down=Mat, rows=P, n=I64, out0=
 ExpertArgs = struct("ExpertArgs", x=P, n_x=I64, jobs=P, n_jobs=INT, gate=P, up=P, out=P)
 CombineArgs = struct("CombineArgs", y=P, n=I64, hidden=I64, part=P, start=P, index=P, weight=P)
 Caps = struct("Caps", unified_memory=C.c_bool, asynchronous=C.c_bool, max_bytes=C.c_size_t)
-Opts = struct("Opts", name=C.c_char_p, pool=P)
+Opts = struct("Opts", name=C.c_char_p, pool=P, numeric=INT)
 Error = struct("Error", status=INT, err=INT, path=C.c_char_p, message=C.c_char_p)
 
 _OPS = {
