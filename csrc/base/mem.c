@@ -11,11 +11,11 @@
 static atomic_int_fast64_t n_allocs;
 
 #if defined(__linux__)
-enum { HUGE_BYTES = 2 << 20 };
+enum { HAS_HUGE = 1, HUGE_BYTES = 2 << 20 };
 static void advise_huge(void *p, size_t bytes) { (void)madvise(p, bytes, MADV_HUGEPAGE); }
 static void give_back(void *p, size_t bytes) { (void)madvise(p, bytes, MADV_DONTNEED); }
 #else
-enum { HUGE_BYTES = 4096 };
+enum { HAS_HUGE = 0, HUGE_BYTES = 2 << 20 };
 static void advise_huge(void *p, size_t bytes) { (void)p, (void)bytes; }
 static void give_back(void *p, size_t bytes) { (void)madvise(p, bytes, MADV_FREE); }
 #endif
@@ -86,7 +86,7 @@ static bool region_bytes(size_t bytes, size_t *out)
 fm_status fm_region_alloc(size_t bytes, bool huge, void **out)
 {
     size_t len = 0, map_len = 0;
-    const bool big = huge && bytes >= HUGE_BYTES;
+    const bool big = HAS_HUGE && huge && bytes >= HUGE_BYTES;
     *out = NULL;
     if (!region_bytes(bytes, &len) || !fm_add_size(len, big ? HUGE_BYTES : 0, &map_len))
         return fm_fail(FM_ERR_NOMEM, "out of memory: %zu bytes asked", bytes);

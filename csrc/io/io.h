@@ -9,7 +9,8 @@
  *     align: set bytes_wanted to what must exist. Buffered mode has align 1.
  *  4. submit of n queues all n or none.   5. cancel still delivers a completion (FM_ERR_CANCELLED or OK).
  *  6. One waiter at a time; any thread may submit. A forked child may only close.
- *  7. Requests with priority 0 (demand) are always started before those with priority 1 (speculative). */
+ *  7. Requests with priority 0 (demand) are always started before those with priority 1 (speculative), and
+ *     some of the method's capacity is kept free of speculative ones. */
 #ifndef FM_IO_IO_H
 #define FM_IO_IO_H
 

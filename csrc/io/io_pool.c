@@ -20,6 +20,7 @@ typedef struct pool {
     pthread_mutex_t lock;
     pthread_cond_t work, completed;
     fm_io_queue queued[FM_IO_N_PRIORITIES], done;
+    int n_speculative, max_speculative; /* being read at once */
     int min_done; /* what the waiter waits for; 0: nobody waits */
     bool stop;
     int n_workers;
@@ -78,15 +79,18 @@ static void *worker_main(void *arg)
     pool *const p = arg;
     pthread_mutex_lock(&p->lock);
     while (!p->stop) {
-        fm_io_req *const r = fm_io_queue_pop_urgent(p->queued);
+        fm_io_req *const r =
+            fm_io_queue_pop_next(p->queued, p->n_speculative, p->max_speculative);
         if (r == NULL) {
             pthread_cond_wait(&p->work, &p->lock);
             continue;
         }
         r->state = FM_IO_RUNNING;
+        p->n_speculative += r->priority == 1;
         pthread_mutex_unlock(&p->lock);
         read_request(p, r);
         pthread_mutex_lock(&p->lock);
+        p->n_speculative -= r->priority == 1;
         complete(p, r);
     }
     pthread_mutex_unlock(&p->lock);
@@ -124,6 +128,8 @@ fm_status fm_io_pool_open(fm_io *io, int n_workers, fm_io_read_fn *read, void *c
     p->io = io;
     p->read = read;
     p->ctx = ctx;
+    /* A quarter of the workers is kept for demand; one alone does both. */
+    p->max_speculative = n_workers == 1 ? 1 : n_workers - (n_workers + 3) / 4;
     pthread_mutex_init(&p->lock, NULL);
     pthread_cond_init(&p->work, NULL);
     init_cond(&p->completed);

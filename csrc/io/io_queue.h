@@ -35,13 +35,13 @@ static inline fm_io_req *fm_io_queue_pop(fm_io_queue *q)
     return r;
 }
 
-/* The oldest request of the most urgent priority that has one. */
-static inline fm_io_req *fm_io_queue_pop_urgent(fm_io_queue *by_priority)
+/* What to start next: demand first; speculation only while fewer than max_speculative of it are running,
+ * so that a demand read never finds the device full of guesses. The caller counts. */
+static inline fm_io_req *fm_io_queue_pop_next(fm_io_queue *by_priority, int n_speculative,
+                                              int max_speculative)
 {
-    fm_io_req *r = NULL;
-    for (int i = 0; r == NULL && i < FM_IO_N_PRIORITIES; i++)
-        r = fm_io_queue_pop(&by_priority[i]);
-    return r;
+    fm_io_req *const r = fm_io_queue_pop(&by_priority[0]);
+    return r != NULL || n_speculative >= max_speculative ? r : fm_io_queue_pop(&by_priority[1]);
 }
 
 static inline bool fm_io_queue_remove(fm_io_queue *q, const fm_io_req *r)

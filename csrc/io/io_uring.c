@@ -50,7 +50,7 @@ typedef struct ring {
     fm_io_queue queued[FM_IO_N_PRIORITIES], done;
     slot *slots;
     int *free_slots;
-    int depth, n_free;
+    int depth, n_free, n_speculative;
 } ring;
 
 static int ring_setup(unsigned entries, struct io_uring_params *p)
@@ -101,6 +101,7 @@ static void push_part(ring *r, int i)
 
 static void free_slot(ring *r, int i)
 {
+    r->n_speculative -= r->slots[i].req->priority == 1;
     r->slots[i].req = NULL;
     r->free_slots[r->n_free++] = i;
 }
@@ -157,11 +158,13 @@ static void fail_unsubmitted(ring *r, int err)
 static void pump(ring *r)
 {
     while (r->n_free > 0) {
-        fm_io_req *const req = fm_io_queue_pop_urgent(r->queued);
+        fm_io_req *const req =
+            fm_io_queue_pop_next(r->queued, r->n_speculative, (r->depth + 3) / 4);
         if (req == NULL)
             break;
         const int i = r->free_slots[--r->n_free];
         r->slots[i].req = req;
+        r->n_speculative += req->priority == 1;
         req->state = FM_IO_RUNNING;
         fm_io_start(req);
         push_part(r, i);
