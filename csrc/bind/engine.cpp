@@ -7,6 +7,7 @@
 
 #include "bind/desc.h"
 #include "bind/errors.h"
+#include "bind/handle.h"
 #include "bind/module.h"
 
 namespace py = pybind11;
@@ -16,8 +17,6 @@ namespace {
 using Ids = py::array_t<int32_t, py::array::c_style>;
 using Floats = py::array_t<float, py::array::c_style>;
 
-class Session;
-
 class Engine {
 public:
     Engine(const py::dict &desc, const py::dict &opts)
@@ -26,62 +25,49 @@ public:
         std::deque<std::string> strings;
         const fm_engine_opts o = read_opts(opts, strings);
         {
+            fm_engine *e = nullptr;
             const py::gil_scoped_release nogil;
             check(fm_engine_open(d.model(), &o, &e));
+            handle.open(e);
+            check(fm_engine_get_info(e, &info));
         }
-        check(fm_engine_get_info(e, &info));
     }
     Engine(const Engine &) = delete;
-    ~Engine() { close(); }
+    ~Engine() { handle.close(); }
 
-    void close()
-    {
-        fm_engine *was = e;
-        e = nullptr;
-        if (was) {
-            const py::gil_scoped_release nogil;
-            fm_engine_close(was);
-        }
-    }
-    fm_engine *get() const
-    {
-        if (!e)
-            fail(FM_ERR_STATE, "the engine is closed");
-        return e;
-    }
+    Handle<fm_engine>::Use use() const { return handle.use(); }
 
-    fm_engine *e = nullptr;
-    fm_engine_info info{};
+    mutable Handle<fm_engine> handle{"engine", fm_engine_close};
+    fm_engine_info info{}; // as opened
 };
 
 class Session {
 public:
     Session(std::shared_ptr<Engine> owner, int64_t context) : engine(std::move(owner))
     {
-        check(fm_session_create(engine->get(), context, &s));
+        const auto e = engine->use();
+        fm_session *s = nullptr;
+        const py::gil_scoped_release nogil;
+        check(fm_session_create(e.get(), context, &s));
+        handle.open(s);
     }
     Session(const Session &) = delete;
-    ~Session() { close(); }
+    ~Session() { handle.close(); }
 
-    void close()
-    {
-        fm_session *was = s;
-        s = nullptr;
-        if (was) {
-            const py::gil_scoped_release nogil;
-            fm_session_free(was);
-        }
-    }
-    fm_session *get() const
-    {
-        if (!s)
-            fail(FM_ERR_STATE, "the session is closed");
-        return s;
-    }
+    Handle<fm_session>::Use use() const { return handle.use(); }
 
     std::shared_ptr<Engine> engine; // a child pins its parent
-    fm_session *s = nullptr;
+    mutable Handle<fm_session> handle{"session", fm_session_free};
 };
+
+// fn(handle) without the GIL: each of these waits while another thread's forward runs.
+template <typename T, typename Fn>
+void call(const T &owner, Fn fn)
+{
+    const auto use = owner.use();
+    const py::gil_scoped_release nogil;
+    check(fn(use.get()));
+}
 
 py::dict plan(const py::dict &desc, const py::dict &opts)
 {
@@ -104,9 +90,8 @@ py::dict plan(const py::dict &desc, const py::dict &opts)
 
 py::dict info_dict(const Engine &e)
 {
-    fm_engine_info i = e.info;
-    if (e.e)
-        check(fm_engine_get_info(e.e, &i));
+    fm_engine_info i{};
+    call(e, [&](fm_engine *raw) { return fm_engine_get_info(raw, &i); });
     py::dict out;
     out["arch"] = e.info.arch;
     out["backend"] = e.info.backend;
@@ -130,7 +115,7 @@ py::dict info_dict(const Engine &e)
 py::dict stats_dict(const Engine &e)
 {
     fm_engine_stats s{};
-    check(fm_engine_get_stats(e.get(), &s));
+    call(e, [&](fm_engine *raw) { return fm_engine_get_stats(raw, &s); });
     py::dict out;
 #define FIELD(name) out[#name] = s.name;
     FIELD(prefill_tokens) FIELD(prefill_ns) FIELD(decode_tokens) FIELD(decode_ns) FIELD(n_forwards)
@@ -148,15 +133,17 @@ py::dict forward(const Engine &e, const std::vector<std::shared_ptr<Session>> &s
     if (sessions.size() != ids.size())
         fail(FM_ERR_ARG, "forward: " + std::to_string(sessions.size()) + " sessions and " + std::to_string(ids.size()) +
                              " id arrays");
+    const auto engine = e.use();
+    std::vector<Handle<fm_session>::Use> uses;
     std::vector<fm_row> rows;
     for (size_t i = 0; i < sessions.size(); i++) {
+        uses.push_back(sessions[i]->use());
         if (ids[i].ndim() != 1)
             fail(FM_ERR_ARG, "forward: ids must have one dimension");
         for (py::ssize_t j = 0; j < ids[i].shape(0); j++)
-            rows.push_back({sessions[i]->get(), ids[i].data()[j]});
+            rows.push_back({uses[i].get(), ids[i].data()[j]});
     }
-    fm_engine_info i{};
-    check(fm_engine_get_info(e.get(), &i));
+    const fm_engine_info &i = e.info;
     const py::ssize_t n = (py::ssize_t)rows.size();
     py::object logits = py::none(), router = py::none(), hidden = py::none();
     fm_forward_out out{};
@@ -178,9 +165,8 @@ py::dict forward(const Engine &e, const std::vector<std::shared_ptr<Session>> &s
         }
     }
     {
-        fm_engine *raw = e.get();
         const py::gil_scoped_release nogil;
-        check(fm_engine_forward(raw, rows.data(), (int64_t)rows.size(), &out));
+        check(fm_engine_forward(engine.get(), rows.data(), (int64_t)rows.size(), &out));
     }
     py::dict d;
     d["logits"] = logits;
@@ -192,9 +178,11 @@ py::dict forward(const Engine &e, const std::vector<std::shared_ptr<Session>> &s
 // Events as a structured array: kind, layer, id, t0 and t1 [ns], bytes.
 py::tuple trace_take(const Engine &e, int64_t capacity)
 {
+    if (capacity < 0)
+        fail(FM_ERR_ARG, "trace_take: capacity is " + std::to_string(capacity));
     std::vector<fm_trace_event> events((size_t)capacity);
     int64_t n = 0, lost = 0;
-    check(fm_engine_trace_take(e.get(), events.data(), capacity, &n, &lost));
+    call(e, [&](fm_engine *raw) { return fm_engine_trace_take(raw, events.data(), capacity, &n, &lost); });
     py::array_t<fm_trace_event> a(n);
     std::copy(events.begin(), events.begin() + n, a.mutable_data());
     return py::make_tuple(a, lost);
@@ -204,18 +192,17 @@ int64_t prefill(const Session &s, const Ids &ids)
 {
     if (ids.ndim() != 1 || ids.shape(0) < 1)
         fail(FM_ERR_ARG, "prefill: ids must have one dimension and at least one token");
-    fm_session *raw = s.get();
     const int32_t *data = ids.data();
     const int64_t n = ids.shape(0);
     int64_t done = 0;
-    const py::gil_scoped_release nogil;
-    check(fm_session_prefill(raw, data, n, &done));
+    call(s, [&](fm_session *raw) { return fm_session_prefill(raw, data, n, &done); });
     return done;
 }
 
 Floats logits(const Session &s)
 {
-    const float *l = fm_session_logits(s.get());
+    const auto use = s.use();
+    const float *l = fm_session_logits(use.get());
     if (!l)
         fail(FM_ERR_STATE, "no logits: nothing was computed since the session began, was rewound or loaded");
     const py::ssize_t n = (py::ssize_t)s.engine->info.vocab_size;
@@ -227,14 +214,10 @@ Floats logits(const Session &s)
 py::bytes save(const Session &s)
 {
     size_t n = 0;
-    check(fm_session_save_bytes(s.get(), &n));
+    call(s, [&](fm_session *raw) { return fm_session_save_bytes(raw, &n); });
     py::bytes out(nullptr, n);
     char *to = PyBytes_AsString(out.ptr());
-    fm_session *raw = s.get();
-    {
-        const py::gil_scoped_release nogil;
-        check(fm_session_save(raw, to, n));
-    }
+    call(s, [&](fm_session *raw) { return fm_session_save(raw, to, n); });
     return out;
 }
 
@@ -244,9 +227,7 @@ void load(const Session &s, const py::bytes &data)
     Py_ssize_t n;
     if (PyBytes_AsStringAndSize(data.ptr(), &p, &n) != 0)
         throw py::error_already_set();
-    fm_session *raw = s.get();
-    const py::gil_scoped_release nogil;
-    check(fm_session_load(raw, p, (size_t)n));
+    call(s, [&](fm_session *raw) { return fm_session_load(raw, p, (size_t)n); });
 }
 
 } // namespace
@@ -265,41 +246,40 @@ void bind_engine(py::module_ &m)
         .def("set_slots",
              [](const Engine &e, int32_t n) {
                  int32_t now = 0;
-                 fm_engine *raw = e.get();
-                 const py::gil_scoped_release nogil;
-                 check(fm_engine_set_slots(raw, n, &now));
+                 call(e, [&](fm_engine *raw) { return fm_engine_set_slots(raw, n, &now); });
                  return now;
              })
         .def("stats", &stats_dict)
-        .def("reset_stats", [](const Engine &e) { check(fm_engine_reset_stats(e.get())); })
-        .def("trace_start", [](const Engine &e, int64_t capacity) { check(fm_engine_trace_start(e.get(), capacity)); },
+        .def("reset_stats", [](const Engine &e) { call(e, fm_engine_reset_stats); })
+        .def("trace_start",
+             [](const Engine &e, int64_t capacity) {
+                 call(e, [&](fm_engine *raw) { return fm_engine_trace_start(raw, capacity); });
+             },
              py::arg("capacity"))
         .def("trace_take", &trace_take, py::arg("capacity"))
-        .def("close", &Engine::close)
+        .def("close", [](const Engine &e) { e.handle.close(); })
         .def_property_readonly("info", &info_dict);
 
     py::class_<Session, std::shared_ptr<Session>>(m, "Session")
-        .def_property_readonly("pos", [](const Session &s) { return fm_session_pos(s.get()); })
-        .def_property_readonly("context", [](const Session &s) { return fm_session_context(s.get()); })
+        .def_property_readonly("pos", [](const Session &s) { return fm_session_pos(s.use().get()); })
+        .def_property_readonly("context", [](const Session &s) { return fm_session_context(s.use().get()); })
         .def("prefill", &prefill, py::arg("ids").noconvert())
         .def("step",
              [](const Session &s, int32_t id) {
-                 fm_session *raw = s.get();
-                 const py::gil_scoped_release nogil;
-                 check(fm_session_step(raw, id));
+                 call(s, [&](fm_session *raw) { return fm_session_step(raw, id); });
              },
              py::arg("id"))
         .def("logits", &logits)
         .def("rewind",
              [](const Session &s, int64_t want) {
                  int64_t got = 0;
-                 check(fm_session_rewind(s.get(), want, &got));
+                 call(s, [&](fm_session *raw) { return fm_session_rewind(raw, want, &got); });
                  return got;
              },
              py::arg("want"))
-        .def("checkpoint", [](const Session &s) { check(fm_session_checkpoint(s.get())); })
+        .def("checkpoint", [](const Session &s) { call(s, fm_session_checkpoint); })
         .def("save", &save)
         .def("load", &load, py::arg("data"))
-        .def("cancel", [](const Session &s) { fm_session_cancel(s.get()); })
-        .def("close", &Session::close);
+        .def("cancel", [](const Session &s) { fm_session_cancel(s.use().get()); })
+        .def("close", [](const Session &s) { s.handle.close(); });
 }
