@@ -66,7 +66,8 @@ IGNORED = frozenset({
     "mamba_ssm_dtype", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings",
     "num_nextn_predict_layers", "language_model_only", "tokenizer_class", "_name_or_path",
     "_attn_implementation", "_attn_implementation_autoset", "_experts_implementation",
-    "output_attentions", "output_hidden_states", "return_dict", "pretraining_tp", "quantization",
+    "chunk_size_feed_forward", "id2label", "label2id", "problem_type", "output_attentions",
+    "output_hidden_states", "return_dict", "pretraining_tp", "quantization",
     "quantization_config", "text_config", "unsloth_version", "unsloth_fixed",
 })  # fmt: skip
 """Keys that cannot change the logits of the text model, or that the readers treat themselves."""

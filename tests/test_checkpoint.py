@@ -261,6 +261,12 @@ def test_flat_text_only_config(tmp_path):
     same_weights(open_checkpoint(files.GOLDEN / "q35moe_r4"), open_checkpoint(d))
 
 
+def test_number_of_experts_under_its_other_name(tmp_path):
+    d = files.copy("q3moe", tmp_path / "m")
+    files.change_config(d, lambda c: c.update(num_local_experts=c.pop("num_experts")))
+    same_weights(open_checkpoint(files.GOLDEN / "q3moe"), open_checkpoint(d))
+
+
 @pytest.mark.parametrize("prefix", ["model.", "language_model.model.", ""])
 def test_prefixes(tmp_path, prefix):
     d = files.copy("q35moe_r4", tmp_path / "m")

@@ -95,6 +95,7 @@ CONFIGS = [
     ("q3moe", setter(use_sliding_window=True), UnsupportedError, ["use_sliding_window"]),
     ("q3moe", setter(rope_scaling={"type": "yarn"}), UnsupportedError, ["yarn"]),
     ("q3moe", setter(partial_rotary_factor=0.5), UnsupportedError, ["partial_rotary_factor"]),
+    ("q3moe", setter(num_local_experts=9), ModelFileError, ["num_local_experts is 9"]),
     ("q3moe", drop("rope_theta"), ModelFileError, ["rope_theta is missing"]),
     ("q3moe", setter(mlp_only_layers=[9]), ModelFileError, ["mlp_only_layers"]),
     ("q3moe", setter(decoder_sparse_step=0), ModelFileError, ["decoder_sparse_step"]),

@@ -266,6 +266,7 @@ def read_linear(r: ConfigReader, c: dict[str, Any]) -> None:
             f"of linear_num_key_heads {c['linear_num_key_heads']}"
         )
     r.expect("attn_output_gate", True)
+    no_sliding_window(r)
     # The gate of the linear layers (silu of z); the attention gate is a sigmoid whatever this says.
     r.expect("output_gate_type", "swish", "silu")
     n_layers = c["num_hidden_layers"]
@@ -314,8 +315,23 @@ def read_sparse_layers(r: ConfigReader, c: dict[str, Any]) -> None:
     r.ignore("intermediate_size")
 
 
+def no_sliding_window(r: ConfigReader) -> None:
+    """Refuse ``use_sliding_window``; without it the sizes that belong to it do not matter."""
+    r.expect("use_sliding_window", False, why="sliding-window attention is not implemented")
+    r.ignore("sliding_window", "max_window_layers")
+
+
 def read_experts(r: ConfigReader, c: dict[str, Any], *, n: str, width: str) -> None:
-    """Read the number and width of the routed experts; `n` and `width` are the config's names."""
-    c["num_experts"] = r.integer(n, low=1, high=1 << 16)
+    """Read the number and width of the routed experts; `n` and `width` are the config's names.
+
+    Some versions of transformers save ``num_experts`` as ``num_local_experts``.
+    """
+    names = [x for x in (n, "num_local_experts") if r.values.get(x) is not None]
+    counts = [r.integer(x, low=1, high=1 << 16) for x in names or [n]]
+    if counts[0] != counts[-1]:
+        raise ModelFileError(
+            f"{r.where}: {names[0]} is {counts[0]}, {names[-1]} is {counts[-1]}"
+        )
+    c["num_experts"] = counts[0]
     c["num_experts_per_tok"] = r.integer("num_experts_per_tok", low=1)
     c["moe_intermediate_size"] = r.integer(width, low=1, high=1 << 24)

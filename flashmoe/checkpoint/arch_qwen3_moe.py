@@ -6,6 +6,7 @@ from flashmoe.checkpoint.arch import (
     Architecture,
     ModelConfig,
     all_full,
+    no_sliding_window,
     read_common,
     read_experts,
     read_sparse_layers,
@@ -23,8 +24,7 @@ def read_config(r: ConfigReader) -> ModelConfig:
     read_experts(r, c, n="num_experts", width="moe_intermediate_size")
     # The class default; every release has the field and says true.
     c["norm_topk_prob"] = int(r.flag("norm_topk_prob", False))
-    r.expect("use_sliding_window", False)
-    r.ignore("sliding_window", "max_window_layers")
+    no_sliding_window(r)
     return mc
 
 
