@@ -12,18 +12,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-
 from flashmoe.checkpoint.arch import Architecture, ModelConfig, TensorSpec
 from flashmoe.checkpoint.description import (
     MOE,
-    ExpertDesc,
     ExpertRole,
     ModelDescription,
     Piece,
     RawTensor,
     TensorDesc,
 )
+from flashmoe.checkpoint.experts import describe_experts
 from flashmoe.checkpoint.formats import AFFINE_BITS, GROUPS
 from flashmoe.checkpoint.safetensors_file import Tensor
 from flashmoe.checkpoint.source import TensorTable
@@ -98,7 +96,7 @@ class Assembler:
             assert head is not None
             spec = TensorSpec("lm_head", -1, head + ".weight", (c["vocab_size"], c["hidden_size"]))
             tensors.append(self._resident(spec, False, prefix=""))
-        experts = [self._experts(i) for i, f in enumerate(c["ffns"]) if f == MOE]
+        experts = [describe_experts(self, i) for i, f in enumerate(c["ffns"]) if f == MOE]
         extra, more = self._leftovers(specs)
         return ModelDescription(
             arch=self.arch.name,
@@ -313,110 +311,3 @@ class Assembler:
                 desc, scales=areas[1], biases=areas[2], group=m.group, scale_format=m.scale_format
             )
         return desc
-
-    # ------------------------------------------------------------------ experts
-
-    def _experts(self, layer: int) -> ExpertDesc:
-        """Return the experts of one layer, whichever of the four layouts they are in."""
-        c, tensors = self.mc.core, self.table.tensors
-        p = f"{self.prefix}layers.{layer}.{self.arch.moe}."
-        e, i, h = c["num_experts"], c["moe_intermediate_size"], c["hidden_size"]
-        gate, up, down = self.arch.expert_names
-        if f"{p}switch_mlp.gate_proj.weight" in tensors:
-            stacks = [
-                self.matrix(f"{p}switch_mlp.{x}.weight", (e, *shape))
-                for x, shape in (("gate_proj", (i, h)), ("up_proj", (i, h)), ("down_proj", (h, i)))
-            ]
-            columns = [_stack_columns(m, e, 0, 1) for m in stacks]
-            return _expert_desc(layer, stacks, columns, (i, h))
-        if f"{p}experts.gate_up_proj" in tensors:
-            both = self.matrix(f"{p}experts.gate_up_proj", (e, 2 * i, h))
-            last = self.matrix(f"{p}experts.down_proj", (e, h, i))
-            columns = [_stack_columns(both, e, 0, 2), _stack_columns(both, e, 1, 2),
-                       _stack_columns(last, e, 0, 1)]  # fmt: skip
-            return _expert_desc(layer, [both, both, last], columns, (i, h))
-        x = p + "experts.{}."
-        if f"{p}experts.0.gate_up_proj.weight" in tensors:
-            both2 = self._each(x + "gate_up_proj.weight", (2 * i, h))
-            last2 = self._each(x + "down_proj.weight", (h, i))
-            firsts = [both2[0], both2[0], last2[0]]
-            columns = [_each_columns(both2, 0, 2), _each_columns(both2, 1, 2),
-                       _each_columns(last2, 0, 1)]  # fmt: skip
-            names = (x + "gate_up_proj.weight",) * 2 + (x + "down_proj.weight",)
-            return _expert_desc(layer, firsts, columns, (i, h), names)
-        if f"{p}experts.0.{gate}.weight" in tensors:
-            names = (f"{x}{gate}.weight", f"{x}{up}.weight", f"{x}{down}.weight")
-            lists = [
-                self._each(n, s) for n, s in zip(names, ((i, h), (i, h), (h, i)), strict=True)
-            ]
-            columns = [_each_columns(ms, 0, 1) for ms in lists]
-            return _expert_desc(layer, [ms[0] for ms in lists], columns, (i, h), names)
-        raise ModelFileError(
-            f"{self.table.directory}: the experts of layer {layer} are missing: none of "
-            f"{p}switch_mlp.gate_proj.weight, {p}experts.gate_up_proj, "
-            f"{p}experts.0.{gate}.weight, {p}experts.0.gate_up_proj.weight"
-        )
-
-    def _each(self, pattern: str, shape: tuple[int, int]) -> list[Matrix]:
-        """Return one matrix per expert; all must have the same format."""
-        head, tail = pattern.split("{}")
-        n = self.mc.core["num_experts"]
-        out = [self.matrix(f"{head}{e}{tail}", shape) for e in range(n)]
-        first = out[0]
-        for e, m in enumerate(out):
-            if (m.format, m.group, m.scale_format) != (
-                first.format, first.group, first.scale_format
-            ):  # fmt: skip
-                raise UnsupportedError(
-                    f"{self.table.file_of(m.areas[0])}: tensor {m.source!r} of expert {e} is "
-                    f"{m.format}, expert 0 is {first.format}; a layer's experts share one format"
-                )
-        return out
-
-
-def _segment_names(m: Matrix, name: str) -> list[str]:
-    base = name.removesuffix(".weight")
-    return [name, base + ".scales", base + ".biases"][: len(m.areas)]
-
-
-def _stack_columns(m: Matrix, e: int, part: int, parts: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Return (file, offset) of part `part` of `parts` of every expert, for each area of a stack."""
-    out = []
-    for t in m.areas:
-        size = t.n_bytes // e
-        offset = t.offset + np.arange(e, dtype=np.int64) * size + part * (size // parts)
-        out.append((np.full(e, t.file, np.int32), offset))
-    return out
-
-
-def _each_columns(ms: list[Matrix], part: int, parts: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    out = []
-    for a in range(len(ms[0].areas)):
-        ts = [m.areas[a] for m in ms]
-        file = np.fromiter((t.file for t in ts), np.int32, len(ts))
-        offset = np.fromiter((t.offset for t in ts), np.int64, len(ts))
-        out.append((file, offset + part * (ts[0].n_bytes // parts)))
-    return out
-
-
-def _expert_desc(
-    layer: int,
-    ms: list[Matrix],
-    columns: list[list[tuple[np.ndarray, np.ndarray]]],
-    size: tuple[int, int],
-    names: tuple[str, ...] | None = None,
-) -> ExpertDesc:
-    i, h = size
-    flat = [c for role in columns for c in role]
-    sources: list[str] = []
-    for n, m in enumerate(ms):
-        sources += _segment_names(m, names[n] if names else m.source)
-    return ExpertDesc(
-        layer=layer,
-        gate=ms[0].role(i, h),
-        up=ms[1].role(i, h),
-        down=ms[2].role(h, i),
-        file=np.stack([f for f, _ in flat], axis=1),
-        offset=np.stack([o for _, o in flat], axis=1),
-        sources=tuple(sources),
-    )
