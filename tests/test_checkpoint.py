@@ -353,3 +353,17 @@ def test_unknown_model_type_names_the_known_ones(tmp_path):
     files.change_config(d, lambda c: c.update(model_type="qwen3_mo"))
     with pytest.raises(UnsupportedError, match=r"nearest known name: 'qwen3_moe'"):
         open_checkpoint(d)
+
+
+def test_a_repository_in_the_cache(tmp_path, monkeypatch):
+    hub = pytest.importorskip("huggingface_hub")
+    repo = tmp_path / "models--someone--tiny"
+    (repo / "refs").mkdir(parents=True)
+    (repo / "refs/main").write_text("a" * 40)
+    files.copy("q3moe", repo / "snapshots" / ("a" * 40))
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    download = hub.snapshot_download
+    monkeypatch.setattr(
+        hub, "snapshot_download", lambda name, **kw: download(name, cache_dir=tmp_path, **kw)
+    )
+    same_weights(open_checkpoint(files.GOLDEN / "q3moe"), open_checkpoint("someone/tiny"))

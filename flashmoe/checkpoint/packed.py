@@ -218,6 +218,8 @@ class _Reader:
         head = ("lm_head", -1)
         if self.mc.tied is False and head not in entries:
             raise ModelFileError(f"{self.path}: tensor 'lm_head' is missing")
+        if self.mc.tied and head in entries:
+            raise ModelFileError(f"{self.path}: tensor 'lm_head' is there, but the head is tied")
         c["tie_word_embeddings"] = int(head not in entries)
         if head in entries:
             specs[head] = (c["vocab_size"], c["hidden_size"])

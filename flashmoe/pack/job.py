@@ -86,6 +86,9 @@ def run(
             if crcs is not None:
                 found[p.name] = crcs
         todo = [p for p in planned if p.name not in found]
+        for p in todo:  # half-written: their space is free again
+            with storage_errors(str(partial / p.name)):
+                (partial / p.name).unlink(missing_ok=True)
         _check_disk(partial, sum(p.size for p in todo))
         crcs_of = _write_files(d, partial, planned, found, journal, report)
         _copy_small(d.path, partial)
@@ -142,7 +145,7 @@ def _key(d: ModelDescription, recipe: Recipe) -> dict[str, Any]:
 
 
 def _check_disk(partial: Path, needed: int) -> None:
-    """Refuse to begin what cannot be finished.  Half-written files count as free space."""
+    """Refuse to begin what cannot be finished."""
     needed += _SLACK_BYTES
     with storage_errors(str(partial)):
         free = shutil.disk_usage(partial).free

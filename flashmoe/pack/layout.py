@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,11 +32,12 @@ from flashmoe.checkpoint.packed import (
 from flashmoe.errors import UnsupportedError
 from flashmoe.pack.quantise import SCALE_FORMAT, quantise, to_float32
 from flashmoe.pack.recipe import MATRICES, Recipe
-from flashmoe.pack.source import PieceStream, SourceFiles
+from flashmoe.pack.source import CHUNK_BYTES, PieceStream, SourceFiles
 
 __all__ = ["ExtraFile", "LayerFile", "PlannedFile", "TrunkFile", "Unit"]
 
-CHUNK_BYTES = 8 << 20  # of source read at once; bounds memory
+N_THREADS = min(4, os.cpu_count() or 1)
+"""Experts quantised at a time; NumPy lets go of the interpreter lock."""
 
 Tick = Callable[[int], None]
 """Called with the number of source bytes just done."""
@@ -253,17 +256,26 @@ class LayerFile(PlannedFile):
         return out
 
     def write(self, fd: int, source: SourceFiles, tick: Tick) -> list[int]:
-        record = np.zeros(self.stride, np.uint8)
         per_expert = self.source_bytes // len(self.units)
         crcs = []
-        for e, unit in enumerate(self.units):
-            self._fill(e, record, source)
-            crcs.append(crc32c(record[: self.record_bytes]))
-            pwrite_all(fd, record, unit.offset)
-            tick(per_expert)
+        with ThreadPoolExecutor(N_THREADS) as pool:
+            ahead: deque[Future[np.ndarray]] = deque()
+            try:
+                for e, unit in enumerate(self.units):
+                    while len(ahead) < N_THREADS and e + len(ahead) < len(self.units):
+                        ahead.append(pool.submit(self._record, e + len(ahead), source))
+                    record = ahead.popleft().result()
+                    crcs.append(crc32c(record[: self.record_bytes]))
+                    pwrite_all(fd, record, unit.offset)
+                    tick(per_expert)
+            finally:
+                for f in ahead:
+                    f.cancel()
         return crcs
 
-    def _fill(self, e: int, record: np.ndarray, source: SourceFiles) -> None:
+    def _record(self, e: int, source: SourceFiles) -> np.ndarray:
+        """Return the record of an expert, padded to the stride; runs on any thread."""
+        record = np.zeros(self.stride, np.uint8)
         x, at, segment = self.source, 0, 0
         for old, new in zip((x.gate, x.up, x.down), self.roles, strict=True):
             sizes = role_bytes(old)
@@ -285,6 +297,7 @@ class LayerFile(PlannedFile):
                 data = area.view(np.uint8).reshape(-1)
                 record[at : at + data.size] = data
                 at += data.size
+        return record
 
 
 # ---------------------------------------------------------------------- kept tensors

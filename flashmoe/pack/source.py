@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,7 +12,9 @@ import numpy as np
 from flashmoe.checkpoint.description import Piece
 from flashmoe.errors import ModelFileError, StorageError
 
-__all__ = ["PieceStream", "SourceFiles", "storage_errors"]
+__all__ = ["CHUNK_BYTES", "PieceStream", "SourceFiles", "storage_errors"]
+
+CHUNK_BYTES = 8 << 20  # read at once; bounds memory
 
 
 @contextlib.contextmanager
@@ -26,11 +29,12 @@ def storage_errors(path: str) -> Iterator[None]:
 
 
 class SourceFiles:
-    """The files of a description, opened on first use; a context manager."""
+    """The files of a description, opened on first use; a context manager. Any thread may read."""
 
     def __init__(self, files: list[tuple[str, int]]) -> None:
         self._paths = [p for p, _ in files]
         self._fds: dict[int, int] = {}
+        self._lock = threading.Lock()
 
     def __enter__(self) -> SourceFiles:
         return self
@@ -44,18 +48,19 @@ class SourceFiles:
         """Fill `out` (contiguous, uint8) from byte `offset` of a file."""
         path = self._paths[file]
         with storage_errors(path):
-            fd = self._fds.get(file)
-            if fd is None:
-                fd = self._fds[file] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-            view, at = out.data, 0
-            while at < len(view):
-                n = os.preadv(fd, [view[at : at + (1 << 30)]], offset + at)
-                if n == 0:
+            with self._lock:
+                fd = self._fds.get(file)
+                if fd is None:
+                    fd = self._fds[file] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            at = 0
+            while at < out.size:
+                data = os.pread(fd, min(out.size - at, CHUNK_BYTES), offset + at)
+                if not data:
                     raise ModelFileError(
-                        f"{path}: ends at {offset + at}, "
-                        f"bytes up to {offset + len(view)} are needed"
+                        f"{path}: ends at {offset + at}, bytes up to {offset + out.size} are needed"
                     )
-                at += n
+                out[at : at + len(data)] = np.frombuffer(data, np.uint8)
+                at += len(data)
 
 
 class PieceStream:

@@ -13,9 +13,8 @@ from flashmoe.checkpoint.description import Piece
 from flashmoe.checkpoint.formats import role_bytes
 from flashmoe.checkpoint.packed import DOCUMENT, open_packed, read_document
 from flashmoe.errors import ModelFileError
-from flashmoe.pack.layout import CHUNK_BYTES
 from flashmoe.pack.progress import Progress, reporter
-from flashmoe.pack.source import PieceStream, SourceFiles
+from flashmoe.pack.source import CHUNK_BYTES, PieceStream, SourceFiles
 
 __all__ = ["VerifyReport", "verify"]
 
