@@ -90,9 +90,9 @@ typedef struct fm_kernels {
 
     /* y[c] = x[c] / sqrt(mean(x^2) + eps) * w[c]; y may be x. Bound: 8u * |y|. */
     void (*rmsnorm)(const float *x, const float *w, float eps, float *y, int64_t n_cols);
-    /* y[c] = silu(gate[c]) * up[c]; y may be gate or up. Bound: 16u * |y| + denormals. */
+    /* y[c] = silu(gate[c]) * up[c]; y may be gate or up. Bound: 16u * |y| + 2^-120 * |up|. */
     void (*swiglu)(const float *gate, const float *up, float *y, int64_t n);
-    /* y[c] += a * x[c] */
+    /* y[c] += a * x[c]; y must not overlap x. Bound: 2u * S. */
     void (*axpy)(float a, const float *x, float *y, int64_t n);
 
     /* In place on one head: pairs (i, i + rot/2), angle pos * inv_freq[i], i < rot/2.
@@ -104,21 +104,29 @@ typedef struct fm_kernels {
      * Bound: 2^-18 * max|v| per element. */
     void (*attend)(const fm_attn_args *a, int64_t row, int64_t kv_head, const float *K, const float *V,
                    int64_t n_pos);
+    /* Prefill: rows r0 <= r < r1 of one sequence; row r attends to positions 0 .. n_before + r of K, V. The same bits
+     * as attend() row by row, but a tile of K and V is read once for up to 128 queries (rows x heads of this KV head):
+     * give rows in blocks of at least 128 / (n_heads / n_kv_heads). */
+    void (*attend_rows)(const fm_attn_args *a, int64_t r0, int64_t r1, int64_t kv_head, const float *K, const float *V,
+                        int64_t n_before);
 
     /* Causal depthwise convolution + SiLU over channels c0 <= c < c1 of one sequence's n rows.
      * m [n, n_ch] rows ldm apart; w [n_ch, kern], tap kern-1 = current row; hist_in [kern-1, n_ch] raw rows, oldest
-     * first; hist_out the same after the n rows (may not alias hist_in). y [n, n_ch] rows ldy apart, not m. */
+     * first; hist_out the same after the n rows (may not alias hist_in). y [n, n_ch] rows ldy apart, not m.
+     * kern <= 16. Bound: 32u * S + 2^-120. */
     void (*conv_silu)(const float *m, int64_t ldm, const float *w, int64_t kern, const float *hist_in,
                       float *hist_out, float *y, int64_t ldy, int64_t n, int64_t n_ch, int64_t c0, int64_t c1);
 
     /* Gated DeltaNet for value head h of one sequence's rows 0 <= t < n: l2-norm of q and k, gates, recurrence,
      * output norm, silu(z). S_in, S_out [dk, dv] f32 of this head; must not alias; n >= 1.
-     * scratch: delta_scratch floats. Source: docs of the formulas in tests/oracle/attention.py. */
+     * scratch: delta_scratch floats. Any cut of the rows into calls gives the same bits. Source: docs of the formulas
+     * in tests/oracle/attention.py. Bound, tested: S 2e-6 of the largest |S| before or after, y 1e-5 of the
+     * head's largest |y|. */
     int64_t (*delta_scratch)(const fm_delta_args *a, int64_t n);
     void (*delta)(const fm_delta_args *a, int64_t h, int64_t n, const float *S_in, float *S_out, float *scratch);
 
     /* ids[0..k) and weights of one row: by falling choice score, equal scores by rising id.
-     * logits [n_experts]; scratch [n_experts] floats. */
+     * logits [n_experts]; scratch [n_experts] floats. n_experts <= 1024, k <= 64. NaN sorts as -inf. */
     void (*route)(const fm_route_args *a, const float *logits, int32_t *ids, float *weights, float *scratch);
 } fm_kernels;
 

@@ -159,6 +159,13 @@ static void attend_ref(const fm_attn_args *a, int64_t row, int64_t kv_head, cons
     }
 }
 
+static void attend_rows_ref(const fm_attn_args *a, int64_t r0, int64_t r1, int64_t kv_head, const float *K,
+                            const float *V, int64_t n_before)
+{
+    for (int64_t r = r0; r < r1; r++)
+        attend_ref(a, r, kv_head, K, V, n_before + r + 1);
+}
+
 static void conv_silu_ref(const float *m, int64_t ldm, const float *w, int64_t kern, const float *hist_in,
                           float *hist_out, float *y, int64_t ldy, int64_t n, int64_t n_ch, int64_t c0, int64_t c1)
 {
@@ -311,6 +318,7 @@ void fm_kernels_overlay_ref(fm_kernels *k)
     k->axpy = axpy_ref;
     k->rope = rope_ref;
     k->attend = attend_ref;
+    k->attend_rows = attend_rows_ref;
     k->conv_silu = conv_silu_ref;
     k->delta_scratch = delta_scratch_ref;
     k->delta = delta_ref;

@@ -1,0 +1,18 @@
+/* CPU features that some compilers' __builtin_cpu_supports cannot name. */
+#ifndef FM_CPU_X86_H
+#define FM_CPU_X86_H
+
+#include <stdbool.h>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+
+/* F16C works on the registers of AVX, so the caller asks for avx2 as well: that covers the OS's part. */
+static inline bool fm_x86_has_f16c(void)
+{
+    unsigned a, b, c, d;
+    return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) != 0;
+}
+#endif
+
+#endif
