@@ -168,3 +168,11 @@ def test_tensor_that_the_table_does_not_know(copy):
     files.write(path, {**files.read(path), "x": files.Stored("U8", [1], b"x")})
     edit(copy, lambda d: d["files"].update({"trunk.safetensors": path.stat().st_size}))
     refuse(copy, ModelFileError, "'x'", "flashmoe.json")
+
+
+def test_head_of_a_tied_model(tmp_path):
+    pack(files.GOLDEN / "q35dense", tmp_path / "p", bits=None)
+    doc = json.loads((tmp_path / "p/flashmoe.json").read_text())
+    head = {**doc["tensors"][0], "name": "lm_head"}
+    edit(tmp_path / "p", lambda d: d["tensors"].append(head))
+    refuse(tmp_path / "p", ModelFileError, "lm_head", "tied")

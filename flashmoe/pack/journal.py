@@ -131,6 +131,8 @@ def locked(directory: Path) -> Iterator[None]:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as e:
             raise StateError(f"{directory}: another pack run is writing here") from e
+        except OSError:
+            pass  # a file system without locks: go without
         yield
     finally:
         os.close(fd)
