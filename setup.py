@@ -7,15 +7,16 @@ in `sampling` would have its own kernel table and error message.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import sysconfig
 from glob import glob
 from pathlib import Path
 
 from Cython.Build import cythonize
-from pybind11.setup_helpers import Pybind11Extension
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import Extension, setup
 from setuptools.command.build_clib import build_clib
 
@@ -38,32 +39,33 @@ LINK_ARGS = ["-pthread"]
 
 
 class BuildCore(build_clib):
-    """build_clib with the sources compiled in parallel, and only those that are out of date."""
+    """build_clib that compiles only what is out of date, in a folder that outlives the command."""
+
+    def finalize_options(self):
+        super().finalize_options()
+        # pip builds in a fresh folder every time; C objects depend on no Python, so keep them here
+        key = hashlib.sha256(repr([os.environ.get(v) for v in ("CC", "CFLAGS")] + C_FLAGS).encode())
+        self.build_temp = f"build/core/{sysconfig.get_platform()}-{key.hexdigest()[:8]}"
+        self.build_clib = f"{self.build_temp}/lib"
 
     def build_libraries(self, libraries):
-        newest_header = max(os.path.getmtime(h) for h in [*HEADERS, "setup.py"])
+        newest = max(os.path.getmtime(h) for h in [*HEADERS, "setup.py"])
         for name, info in libraries:
-            stale, objects = [], []
-            for source in info["sources"]:
-                (obj,) = self.compiler.object_filenames([source], output_dir=self.build_temp)
-                objects.append(obj)
-                built = os.path.getmtime(obj) if os.path.exists(obj) else 0
-                if self.force or built < max(newest_header, os.path.getmtime(source)):
-                    stale.append(source)
-
-            def compile_one(source, info=info):
-                self.compiler.compile(
-                    [source],
-                    output_dir=self.build_temp,
-                    macros=info["macros"],
-                    include_dirs=info["include_dirs"],
-                    extra_postargs=info["cflags"],
-                )
-
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                list(pool.map(compile_one, stale))
-            if stale or not glob(os.path.join(self.build_clib, f"*{name}*")):
-                self.compiler.create_static_lib(objects, name, output_dir=self.build_clib)
+            objects = self.compiler.object_filenames(info["sources"], output_dir=self.build_temp)
+            stale = [
+                source
+                for source, obj in zip(info["sources"], objects)
+                if not os.path.exists(obj)
+                or os.path.getmtime(obj) < max(newest, os.path.getmtime(source))
+            ]
+            self.compiler.compile(
+                stale,
+                output_dir=self.build_temp,
+                macros=info["macros"],
+                include_dirs=info["include_dirs"],
+                extra_postargs=info["cflags"],
+            )
+            self.compiler.create_static_lib(objects, name, output_dir=self.build_clib)
 
 
 core = (
@@ -103,4 +105,5 @@ extensions = [
 if sys.platform == "win32":
     raise SystemExit("flashmoe: Windows is not supported; use Linux, macOS or WSL")
 
+ParallelCompile(default=os.cpu_count()).install()
 setup(libraries=[core], ext_modules=extensions, cmdclass={"build_clib": BuildCore})
