@@ -10,7 +10,7 @@ import os
 import threading
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from flashmoe.errors import OutOfMemory, StateError
@@ -82,7 +82,8 @@ class Owner:
             if session in self._sessions:
                 self._sessions.discard(session)
                 session.core.close()
-                self._fit_slots(len(self._sessions))
+                with suppress(StateError):  # at exit the core is closed before the last session
+                    self._fit_slots(len(self._sessions))
 
     def cancel(self) -> None:
         """Cancel every session; needs no lock."""

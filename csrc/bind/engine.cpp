@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <memory>
+#include <set>
 
 #include "bind/desc.h"
 #include "bind/errors.h"
@@ -17,7 +18,13 @@ namespace {
 using Ids = py::array_t<int32_t, py::array::c_style>;
 using Floats = py::array_t<float, py::array::c_style>;
 
-class Engine {
+// What is alive, for the interpreter's exit; touched with the GIL held only.
+class Engine;
+class Session;
+std::set<Engine *> live_engines;
+std::set<Session *> live_sessions;
+
+class Engine : public std::enable_shared_from_this<Engine> {
 public:
     Engine(const py::dict &desc, const py::dict &opts)
     {
@@ -31,9 +38,14 @@ public:
             handle.open(e);
             check(fm_engine_get_info(e, &info));
         }
+        live_engines.insert(this);
     }
     Engine(const Engine &) = delete;
-    ~Engine() { handle.close(); }
+    ~Engine()
+    {
+        live_engines.erase(this);
+        handle.close();
+    }
 
     Handle<fm_engine>::Use use() const { return handle.use(); }
 
@@ -41,24 +53,52 @@ public:
     fm_engine_info info{}; // as opened
 };
 
-class Session {
+class Session : public std::enable_shared_from_this<Session> {
 public:
     Session(std::shared_ptr<Engine> owner, int64_t context) : engine(std::move(owner))
     {
         const auto e = engine->use();
-        fm_session *s = nullptr;
-        const py::gil_scoped_release nogil;
-        check(fm_session_create(e.get(), context, &s));
-        handle.open(s);
+        {
+            fm_session *s = nullptr;
+            const py::gil_scoped_release nogil;
+            check(fm_session_create(e.get(), context, &s));
+            handle.open(s);
+        }
+        live_sessions.insert(this);
     }
     Session(const Session &) = delete;
-    ~Session() { handle.close(); }
+    ~Session()
+    {
+        live_sessions.erase(this);
+        handle.close();
+    }
 
     Handle<fm_session>::Use use() const { return handle.use(); }
 
     std::shared_ptr<Engine> engine; // a child pins its parent
     mutable Handle<fm_session> handle{"session", fm_session_free};
 };
+
+template <typename T>
+std::vector<std::shared_ptr<T>> hold(const std::set<T *> &live)
+{
+    std::vector<std::shared_ptr<T>> held;
+    for (T *p : live)
+        if (auto shared = p->weak_from_this().lock())
+            held.push_back(std::move(shared));
+    return held;
+}
+
+// At exit: a daemon thread that comes back from the core after Python is gone would end the process by abort().
+void close_all()
+{
+    for (const Session *s : live_sessions)
+        s->handle.refuse(fm_session_cancel);
+    for (const auto &s : hold(live_sessions))
+        s->handle.close();
+    for (const auto &e : hold(live_engines))
+        e->handle.close();
+}
 
 // fn(handle) without the GIL: each of these waits while another thread's forward runs.
 template <typename T, typename Fn>
@@ -282,4 +322,6 @@ void bind_engine(py::module_ &m)
         .def("load", &load, py::arg("data"))
         .def("cancel", [](const Session &s) { fm_session_cancel(s.use().get()); })
         .def("close", [](const Session &s) { s.handle.close(); });
+
+    py::module_::import("atexit").attr("register")(py::cpp_function(&close_all));
 }

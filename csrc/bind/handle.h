@@ -56,6 +56,18 @@ public:
     }
     Use use() { return Use(*this); }
 
+    // Keep new calls out; fn(p) unless it was closed.
+    template <typename Fn>
+    void refuse(Fn fn)
+    {
+        if (pid_ != getpid())
+            return;
+        const std::lock_guard<std::mutex> lock(mutex_);
+        closed_ = true;
+        if (p_)
+            fn(p_);
+    }
+
     // With the GIL held. Twice is fine.
     void close()
     {
