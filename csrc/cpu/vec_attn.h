@@ -61,8 +61,8 @@ FM_INLINE void attn_dot(const attn_query *q, const float *kt, int64_t d0, int64_
 }
 
 /* Scores of one tile (before scale): s[query][position in tile]. */
-FM_INLINE void attn_scores(const attn_query *q, int64_t nq, const float *K, int64_t hd, int64_t t0, int64_t n_pos,
-                           float (*s)[ATTN_TILE])
+FM_INLINE void attn_scores(const attn_query *q, int64_t nq, const float *K, const float *V, int64_t hd, int64_t t0,
+                           int64_t n_pos, float (*s)[ATTN_TILE])
 {
     _Alignas(64) float kt[ATTN_DIMS * VL];
     memset(s, 0, (size_t)nq * sizeof *s);
@@ -70,6 +70,10 @@ FM_INLINE void attn_scores(const attn_query *q, int64_t nq, const float *K, int6
         for (int64_t d = 0; d < hd; d += ATTN_DIMS) {
             const int64_t nd = hd - d < ATTN_DIMS ? hd - d : ATTN_DIMS;
             int64_t i = 0;
+            for (int64_t b = 0; b < VL * nd; b += 16) { /* what comes next: K behind this block, V of this block */
+                __builtin_prefetch(K + (t + VL) * hd + d * VL + b, 0, 2);
+                __builtin_prefetch(V + t * hd + d * VL + b, 0, 2);
+            }
             attn_transpose(K, hd, t, n_pos, d, nd, kt);
             for (; i + ATTN_QB <= nq; i += ATTN_QB)
                 attn_dot(q + i, kt, d, nd, s[i] + t - t0, ATTN_TILE, ATTN_QB);
@@ -182,7 +186,7 @@ static __attribute__((unused, noinline)) void attn_run(attn_query *q, int64_t nq
             first++;
         attn_query *live = q + first;
         const int64_t n = nq - first;
-        attn_scores(live, n, K, hd, t0, n_pos, s);
+        attn_scores(live, n, K, V, hd, t0, n_pos, s);
         for (int64_t i = 0; i < n; i++)
             attn_softmax(&live[i], s[i], attn_have(&live[i], t0), scale, hd);
         for (int64_t i = 0; i < n;) {

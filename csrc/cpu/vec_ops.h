@@ -111,30 +111,48 @@ FM_INLINE void conv_taps4(const float *weight, vf *w)
     w[3] = V_ODD(o0, o1);
 }
 
+/* Channels c .. c + n of rows t < n_rows: rows outside, so that memory is walked along the rows. */
+FM_INLINE void conv_rows(const float *m, int64_t ldm, int64_t kern, const float *hist_in, float *y, int64_t ldy,
+                         int64_t n_rows, int64_t n_ch, int64_t c, int64_t n, const vf *w)
+{
+    for (int64_t t = 0; t < n_rows; t++) {
+        const float *row[CONV_MAX];
+        for (int64_t j = 0; j < kern; j++) {
+            const int64_t src = t - (kern - 1) + j; /* < 0: before this call */
+            row[j] = src < 0 ? hist_in + (src + kern - 1) * n_ch + c : m + src * ldm + c;
+        }
+        for (int64_t i = 0; i < n; i += VL) {
+            const int64_t have = n - i < VL ? n - i : VL;
+            vf s = {0};
+            for (int64_t j = 0; j < kern; j++)
+                s = vf_fma(w[i / VL * kern + j], have == VL ? vf_load(row[j] + i) : vf_load_part(row[j] + i, have), s);
+            if (have == VL)
+                vf_store(y + t * ldy + c + i, vf_silu(s));
+            else
+                vf_store_part(y + t * ldy + c + i, vf_silu(s), have);
+        }
+    }
+}
+
 FM_STATIC void conv_silu_vec(const float *m, int64_t ldm, const float *weight, int64_t kern, const float *hist_in,
                              float *hist_out, float *y, int64_t ldy, int64_t n, int64_t n_ch, int64_t c0, int64_t c1)
 {
+    enum { BLOCK = 32 }; /* vectors: rows are read in long enough pieces for the hardware's prefetcher */
     const int64_t hist = kern - 1;
     assert(kern <= CONV_MAX);
-    for (int64_t c = c0; c < c1; c += VL) {
-        const int64_t have = c1 - c < VL ? c1 - c : VL;
-        vf w[CONV_MAX];
-        if (kern == 4 && have == VL)
-            conv_taps4(weight + c * 4, w);
-        else
-            conv_taps(weight, kern, c, have, w);
-        for (int64_t t = 0; t < n; t++) {
-            vf s = {0};
-            for (int64_t j = 0; j < kern; j++) {
-                const int64_t src = t - hist + j; /* < 0: before this call */
-                const float *row = src < 0 ? hist_in + (src + hist) * n_ch + c : m + src * ldm + c;
-                s = vf_fma(w[j], have == VL ? vf_load(row) : vf_load_part(row, have), s);
-            }
-            if (have == VL)
-                vf_store(y + t * ldy + c, vf_silu(s));
+    for (int64_t c = c0; c < c1; c += BLOCK * VL) {
+        const int64_t nc = c1 - c < BLOCK * VL ? c1 - c : BLOCK * VL;
+        vf w[BLOCK * CONV_MAX]; /* [vector][tap] */
+        for (int64_t i = 0; i < nc; i += VL) {
+            if (kern == 4 && nc - i >= VL)
+                conv_taps4(weight + (c + i) * 4, w + i / VL * kern);
             else
-                vf_store_part(y + t * ldy + c, vf_silu(s), have);
+                conv_taps(weight, kern, c + i, nc - i < VL ? nc - i : VL, w + i / VL * kern);
         }
+        if (kern == 4)
+            conv_rows(m, ldm, 4, hist_in, y, ldy, n, n_ch, c, nc, w);
+        else
+            conv_rows(m, ldm, kern, hist_in, y, ldy, n, n_ch, c, nc, w);
     }
     for (int64_t j = 0; j < hist; j++) {
         const int64_t src = n - hist + j;
