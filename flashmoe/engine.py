@@ -43,8 +43,8 @@ class Engine:
         Budget for the whole process, bytes or ``"8GiB"``; None takes what is free now, less some
         head-room.  It is planned before loading and kept to.
     io : str
-        ``"auto"``, ``"direct"`` (around the page cache, expert slots are the cache) or ``"pread"``
-        (through the page cache, which then is the cache).
+        ``"auto"`` measures and chooses; ``"direct"`` and ``"uring"`` read around the page cache
+        (the expert slots are the cache); ``"pread"`` and ``"mmap"`` through it (it is the cache).
     threads : int or None
         Compute threads; None is all CPUs that the process may use.
     context : int or None
@@ -53,6 +53,13 @@ class Engine:
         ``"auto"`` or ``"cpu"``.
     prefill_chunk : int or None
         Tokens per forward while reading a prompt; None is 512, or less when memory is tight.
+    numeric : str
+        ``"exact"``: float32 activations.  ``"fast"``: activations rounded to int8 in blocks in
+        products with quantised weights (``docs/kernels.md`` states the error).
+    lookahead : int
+        Experts per token read on a guess for the next layer; 0 reads none.  Never changes a result.
+    cache_policy : str
+        Who leaves the expert slots: ``"lru"``, ``"clock"`` or ``"lfu"``.
     on_plan : callable, optional
         Called with the :class:`MemoryPlan` before anything is loaded.
 
@@ -82,6 +89,9 @@ class Engine:
         context: int | None = None,
         backend: str = "auto",
         prefill_chunk: int | None = None,
+        numeric: str = "exact",
+        lookahead: int = 0,
+        cache_policy: str = "lru",
         on_plan: Callable[[MemoryPlan], None] | None = None,
     ) -> None:
         prepared = prepare(
@@ -93,6 +103,9 @@ class Engine:
             context=context,
             backend=backend,
             prefill_chunk=prefill_chunk,
+            numeric=numeric,
+            lookahead=lookahead,
+            cache_policy=cache_policy,
         )
         if on_plan is not None:
             on_plan(prepared.plan)

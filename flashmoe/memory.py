@@ -24,6 +24,8 @@ MARGIN_BYTES = 32 << 20
 """For what grows after planning: thread stacks, Python objects, the allocator's slack."""
 PREFILL_CHUNK = 512
 PREFILL_CHUNK_MIN = 16
+DIRECT = ("direct", "uring")
+"""Values of ``io=`` that read around the page cache."""
 
 _UNITS = {
     "": 1, "b": 1,
@@ -204,7 +206,7 @@ def plan_memory(
     context = int(opts["context"])
     chunk = min(PREFILL_CHUNK if prefill_chunk is None else prefill_chunk, context)
 
-    def sizes(rows: int, direct: bool = io in ("auto", "direct")) -> tuple[Mapping[str, int], int]:
+    def sizes(rows: int, direct: bool = io in ("auto", *DIRECT)) -> tuple[Mapping[str, int], int]:
         core = core_plan(
             {**opts, "max_rows": rows, "n_slots": 0, "io_method": "pread", "io_direct": direct}
         )
@@ -265,8 +267,8 @@ def _choose_io(
     io: str, resident: bool, experts_bytes: int, free_bytes: int, refused: str | None
 ) -> tuple[str, bool, str]:
     """Return method, whether direct, and the reason in words."""
-    if io == "direct":
-        return "direct", True, "asked for"
+    if io in DIRECT:
+        return io, True, "asked for"
     if io != "auto":
         return io, False, "asked for"
     if refused is not None:

@@ -15,6 +15,7 @@ from flashmoe import _core
 from flashmoe.errors import ArgumentError, UnsupportedError
 from flashmoe.memory import MemoryPlan, plan_memory
 from flashmoe.models import default_model, is_noise
+from flashmoe.probe import choose_direct
 from flashmoe.system import cpu_count
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ __all__ = ["Prepared", "expert_format", "prepare"]
 
 CONTEXT = 4096
 BACKENDS = ("cpu",)
+NUMERICS = ("exact", "fast")
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,9 @@ def prepare(
     context: int | None = None,
     backend: str = "auto",
     prefill_chunk: int | None = None,
+    numeric: str = "exact",
+    lookahead: int = 0,
+    cache_policy: str = "lru",
 ) -> Prepared:
     """Read a checkpoint's headers, check the options against it, and plan the memory."""
     from flashmoe.checkpoint import open_checkpoint
@@ -72,6 +77,8 @@ def prepare(
     methods = [m for m in _core.io_methods() if m != "fault"]
     _choice("io", io, ("auto", "direct", *methods))
     _choice("backend", backend, ("auto", *BACKENDS))
+    _choice("numeric", numeric, NUMERICS)
+    _choice("cache_policy", cache_policy, tuple(_core.cache_policies()))
     n_threads = cpu_count() if threads is None else _integer("threads", threads, 1, 4096)
     desc = open_checkpoint(default_model() if path is None else Path(path).expanduser())
     directory = Path(desc.path)
@@ -94,6 +101,9 @@ def prepare(
         "n_threads": n_threads,
         "io_workers": 0,
         "backend": "cpu" if backend == "auto" else backend,
+        "numeric": numeric,
+        "lookahead": _integer("lookahead", lookahead, 0, 64),
+        "cache_policy": cache_policy,
         "verify": True,
     }
     name = directory.name if path is None or Path(path).exists() else str(path)
@@ -114,6 +124,9 @@ def prepare(
         },
     }
     plan = plan_memory(lambda o: _core.Engine.plan(core_desc, o), opts, **request)
+    if io == "auto" and plan.io_direct:
+        choice = choose_direct(desc, plan.experts_bytes // max(plan.n_experts, 1))
+        plan = replace(plan, io=choice.io, io_reason=f"{plan.io_reason}; {choice.reason}")
     return Prepared(directory, desc, core_desc, opts, plan, request)
 
 

@@ -149,6 +149,7 @@ def make_core(**attributes):
         Session=FakeSession,
         crc32c=crc32c,
         io_methods=lambda: ["pread", "fault"],
+        cache_policies=lambda: ["lru", "clock", "lfu"],
         cpu_variants=lambda: ["ref"],
         cpu_variant=lambda: "ref",
         quant_formats=lambda: ["f32"],
