@@ -1,5 +1,6 @@
-/* What all benchmarks share: repeated runs with median and spread, and one JSON object per line that says
- * on which machine and commit it was measured. Text goes to stdout; refuses to judge the numbers. */
+/* What all benchmarks share: repeated runs with median and spread, and one JSON object per line
+ * that says on which machine and commit it was measured. Text goes to stdout; refuses to judge the
+ * numbers. */
 #ifndef FM_BENCH_BENCH_H
 #define FM_BENCH_BENCH_H
 
@@ -35,7 +36,8 @@ void bench_json_text(const char *key, const char *value);
 void bench_json_int(const char *key, int64_t value);
 void bench_json_real(const char *key, double value); /* NaN and infinity become null */
 void bench_json_bool(const char *key, bool value);
-void bench_json_series(const char *key, const bench_series *s); /* key: median, min, max, spread, n */
+void bench_json_series(const char *key,
+                       const bench_series *s); /* key: median, min, max, spread, n */
 void bench_json_end(void);
 
 /* "64K", "1M", "4G", "123": bytes; -1 when it is none. */

@@ -1,6 +1,7 @@
-/* Measures reading: method x direct or cached x block size x depth. Blocks are read in random order, none
- * twice in a run; before a cached run the file's pages are dropped and looked for with mincore. The data
- * is checked against the pattern that was written. One JSON line per configuration, then the best one. */
+/* Measures reading: method x direct or cached x block size x depth. Blocks are read in random
+ * order, none twice in a run; before a cached run the file's pages are dropped and looked for with
+ * mincore. The data is checked against the pattern that was written. One JSON line per
+ * configuration, then the best one. */
 #include <errno.h>
 #include <fcntl.h>
 #include <getopt.h>
@@ -83,7 +84,8 @@ static void make_file(const settings *s)
         close(fd);
         return;
     }
-    fprintf(stderr, "bench_io: writing %s (%.1f GiB)\n", s->path, (double)s->file_bytes / (1 << 30));
+    fprintf(stderr, "bench_io: writing %s (%.1f GiB)\n", s->path,
+            (double)s->file_bytes / (1 << 30));
     uint64_t *const chunk = malloc(CHUNK);
     for (int64_t off = 0; chunk != NULL && off < s->file_bytes; off += CHUNK) {
         for (int64_t i = 0; i < CHUNK / 8; i++)
@@ -129,7 +131,7 @@ typedef struct walk {
 
 static walk walk_start(int64_t n_blocks, uint64_t seed)
 {
-    walk w = { .state = seed, .mask = 1, .n = (uint64_t)n_blocks, .left = n_blocks };
+    walk w = {.state = seed, .mask = 1, .n = (uint64_t)n_blocks, .left = n_blocks};
     while (w.mask < w.n)
         w.mask *= 2;
     w.mask--;
@@ -157,8 +159,9 @@ static void take(fm_io *io, const settings *s, const config *c, const fm_io_req 
     if (fm_io_fail(io, r, c->method) != FM_OK)
         die("read");
     const uint8_t *const p = r->dst;
-    if (s->own_file && !(is_pattern(p, r->off) && is_pattern(p + r->bytes - 8, r->off + c->block - 8) &&
-                         is_pattern(p + r->bytes / 2, r->off + c->block / 2))) {
+    if (s->own_file &&
+        !(is_pattern(p, r->off) && is_pattern(p + r->bytes - 8, r->off + c->block - 8) &&
+          is_pattern(p + r->bytes / 2, r->off + c->block / 2))) {
         fprintf(stderr, "bench_io: %s read wrong bytes at %lld\n", c->method, (long long)r->off);
         exit(1);
     }
@@ -178,7 +181,7 @@ static void one_run(fm_io *io, const settings *s, const config *c, uint64_t seed
     const int64_t start = fm_clock_ns(), deadline = start + (int64_t)(s->seconds * 1e9);
     for (; n_started < c->depth && w.left > 0 && n_started < max; n_started++) {
         fm_io_req *const r = &reqs[n_started];
-        *r = (fm_io_req){ .bytes = (size_t)c->block, .dst = memory + n_started * c->block };
+        *r = (fm_io_req){.bytes = (size_t)c->block, .dst = memory + n_started * c->block};
         submit_next(io, c, &w, r);
     }
     while (n < n_started) {
@@ -203,7 +206,7 @@ static void one_run(fm_io *io, const settings *s, const config *c, uint64_t seed
     out->bytes += n * c->block;
 }
 
-/* Drops the file's pages, while no method has it mapped (mapped pages stay); notes how many remain. */
+/* Drops the file's pages, while no method has it mapped (mapped pages stay); notes what remains. */
 static void drop_pages(const settings *s, result *out)
 {
     const fm_io_opts plain = FM_IO_OPTS_INIT;
@@ -220,7 +223,7 @@ static void drop_pages(const settings *s, result *out)
 static bool measure(const settings *s, const config *c, result *out)
 {
     static uint64_t seed = 1;
-    *out = (result){ 0 };
+    *out = (result){0};
     for (int run = 0; run < s->n_runs; run++) {
         fm_io_opts opts = FM_IO_OPTS_INIT;
         fm_io *io = NULL;
@@ -277,7 +280,8 @@ static bool is_better(const result *a, const result *b)
 static bool listed(const char *list, const char *name)
 {
     const size_t len = strlen(name);
-    for (const char *p = list; p != NULL && *p != '\0'; p = strchr(p, ',') ? strchr(p, ',') + 1 : NULL)
+    for (const char *p = list; p != NULL && *p != '\0';
+         p = strchr(p, ',') ? strchr(p, ',') + 1 : NULL)
         if (strncmp(p, name, len) == 0 && (p[len] == ',' || p[len] == '\0'))
             return true;
     return false;
@@ -285,13 +289,13 @@ static bool listed(const char *list, const char *name)
 
 static void run_all(const settings *s)
 {
-    result best = { 0 }, r;
-    config best_config = { 0 };
+    result best = {0}, r;
+    config best_config = {0};
     for (int m = 0; m < FM_COUNT(method_names); m++)
         for (int direct = 0; direct < 2 && listed(s->methods, method_names[m]); direct++)
             for (int b = 0; b < s->n_blocks && listed(s->modes, direct ? "direct" : "cached"); b++)
                 for (int d = 0; d < s->n_depths; d++) {
-                    const config c = { method_names[m], direct != 0, s->blocks[b], s->depths[d] };
+                    const config c = {method_names[m], direct != 0, s->blocks[b], s->depths[d]};
                     if (!measure(s, &c, &r)) {
                         fprintf(stderr, "bench_io: left out: %s\n", fm_last_error()->message);
                         b = s->n_blocks;
@@ -324,31 +328,51 @@ static int parse_list(const char *text, int64_t *out)
 
 static const char usage[] =
     "usage: bench_io --file PATH [--size 4G] [--methods pread,uring,mmap] [--modes direct,cached]\n"
-    "                [--blocks 64K,1M,4M] [--depths 1,4,8,16,32] [--runs 3] [--seconds 1] [--bytes 8G]\n"
+    "                [--blocks 64K,1M,4M] [--depths 1,4,8,16,32]\n"
+    "                [--runs 3] [--seconds 1] [--bytes 8G]\n"
     "PATH is written if need be; an existing file is read as it is with --size 0.\n";
 
 static bool parse(int argc, char **argv, settings *s)
 {
     static const struct option options[] = {
-        { "file", 1, NULL, 'f' },   { "size", 1, NULL, 's' },    { "methods", 1, NULL, 'm' },
-        { "modes", 1, NULL, 'o' },  { "blocks", 1, NULL, 'b' },  { "depths", 1, NULL, 'd' },
-        { "runs", 1, NULL, 'r' },   { "seconds", 1, NULL, 't' }, { "bytes", 1, NULL, 'y' },
-        { NULL, 0, NULL, 0 },
+        {"file", 1, NULL, 'f'},  {"size", 1, NULL, 's'},    {"methods", 1, NULL, 'm'},
+        {"modes", 1, NULL, 'o'}, {"blocks", 1, NULL, 'b'},  {"depths", 1, NULL, 'd'},
+        {"runs", 1, NULL, 'r'},  {"seconds", 1, NULL, 't'}, {"bytes", 1, NULL, 'y'},
+        {NULL, 0, NULL, 0},
     };
     const char *blocks = "64K,1M,4M", *depths = "1,4,8,16,32";
     int64_t list[MAX_LIST];
     for (int o; (o = getopt_long(argc, argv, "", options, NULL)) != -1;) {
         switch (o) {
-        case 'f': s->path = optarg; break;
-        case 's': s->file_bytes = bench_parse_bytes(optarg); break;
-        case 'm': s->methods = optarg; break;
-        case 'o': s->modes = optarg; break;
-        case 'b': blocks = optarg; break;
-        case 'd': depths = optarg; break;
-        case 'r': s->n_runs = atoi(optarg); break;
-        case 't': s->seconds = atof(optarg); break;
-        case 'y': s->run_bytes = bench_parse_bytes(optarg); break;
-        default: return false;
+        case 'f':
+            s->path = optarg;
+            break;
+        case 's':
+            s->file_bytes = bench_parse_bytes(optarg);
+            break;
+        case 'm':
+            s->methods = optarg;
+            break;
+        case 'o':
+            s->modes = optarg;
+            break;
+        case 'b':
+            blocks = optarg;
+            break;
+        case 'd':
+            depths = optarg;
+            break;
+        case 'r':
+            s->n_runs = atoi(optarg);
+            break;
+        case 't':
+            s->seconds = atof(optarg);
+            break;
+        case 'y':
+            s->run_bytes = bench_parse_bytes(optarg);
+            break;
+        default:
+            return false;
         }
     }
     s->n_blocks = parse_list(blocks, s->blocks);
@@ -361,15 +385,19 @@ static bool parse(int argc, char **argv, settings *s)
     for (int i = 0; i < s->n_blocks; i++)
         if (s->blocks[i] % FM_IO_ALIGN != 0)
             return false;
-    return s->path != NULL && optind == argc && s->n_blocks > 0 && s->n_depths > 0 && s->n_runs > 0 &&
-           s->n_runs <= BENCH_MAX_RUNS && s->file_bytes >= 0 && s->file_bytes % (1 << 20) == 0 &&
-           s->run_bytes > 0 && s->seconds > 0;
+    return s->path != NULL && optind == argc && s->n_blocks > 0 && s->n_depths > 0 &&
+           s->n_runs > 0 && s->n_runs <= BENCH_MAX_RUNS && s->file_bytes >= 0 &&
+           s->file_bytes % (1 << 20) == 0 && s->run_bytes > 0 && s->seconds > 0;
 }
 
 int main(int argc, char **argv)
 {
-    settings s = { .methods = "pread,uring,mmap", .modes = "direct,cached", .n_runs = 3,
-                   .file_bytes = INT64_C(4) << 30, .run_bytes = INT64_C(8) << 30, .seconds = 1 };
+    settings s = {.methods = "pread,uring,mmap",
+                  .modes = "direct,cached",
+                  .n_runs = 3,
+                  .file_bytes = INT64_C(4) << 30,
+                  .run_bytes = INT64_C(8) << 30,
+                  .seconds = 1};
     void *region = NULL;
     if (!parse(argc, argv, &s)) {
         fputs(usage, stderr);

@@ -1,6 +1,6 @@
-/* Owns: CRC-32C by table (slice by 8) and by CPU instruction (three interleaved streams, because the
- * instruction has a latency of 3 and a throughput of 1; their results are joined by multiplying with a
- * power of x modulo the polynomial). Idea of the interleave: Mark Adler's crc32c. */
+/* Owns: CRC-32C by table (slice by 8) and by CPU instruction (three interleaved streams, because
+ * the instruction has a latency of 3 and a throughput of 1; their results are joined by multiplying
+ * with a power of x modulo the polynomial). Idea of the interleave: Mark Adler's crc32c. */
 #include "base/crc32c.h"
 
 #include <pthread.h>
@@ -64,7 +64,10 @@ static uint32_t shift(shift_table t, uint32_t crc)
 
 /* What the CPU has: one 8-byte and one 1-byte step. Inline assembly needs no compiler flags. */
 #if defined(__x86_64__)
-static bool has_hw(void) { return __builtin_cpu_supports("sse4.2"); }
+static bool has_hw(void)
+{
+    return __builtin_cpu_supports("sse4.2");
+}
 static inline uint64_t step8(uint64_t crc, uint64_t v)
 {
     __asm__("crc32q %1, %0" : "+r"(crc) : "rm"(v));
@@ -78,9 +81,15 @@ static inline uint64_t step1(uint64_t crc, uint8_t v)
 #elif defined(__aarch64__)
 #if defined(__linux__)
 #include <sys/auxv.h>
-static bool has_hw(void) { return (getauxval(AT_HWCAP) & 1 << 7) != 0; } /* HWCAP_CRC32 */
+static bool has_hw(void)
+{
+    return (getauxval(AT_HWCAP) & 1 << 7) != 0;
+} /* HWCAP_CRC32 */
 #else
-static bool has_hw(void) { return true; } /* every Apple CPU */
+static bool has_hw(void)
+{
+    return true;
+} /* every Apple CPU */
 #endif
 static inline uint64_t step8(uint64_t crc, uint64_t v)
 {
@@ -93,9 +102,18 @@ static inline uint64_t step1(uint64_t crc, uint8_t v)
     return crc;
 }
 #else
-static bool has_hw(void) { return false; }
-static inline uint64_t step8(uint64_t crc, uint64_t v) { return crc + v; }
-static inline uint64_t step1(uint64_t crc, uint8_t v) { return crc + v; }
+static bool has_hw(void)
+{
+    return false;
+}
+static inline uint64_t step8(uint64_t crc, uint64_t v)
+{
+    return crc + v;
+}
+static inline uint64_t step1(uint64_t crc, uint8_t v)
+{
+    return crc + v;
+}
 #endif
 
 static void init(void)

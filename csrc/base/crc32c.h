@@ -1,6 +1,6 @@
 /* CRC-32C (Castagnoli, reflected polynomial 0x82F63B78), the checksum of packed expert records.
- * fm_crc32c(0, p, n) is the standard value: "123456789" gives 0xE3069283. Feed pieces by passing the
- * previous result as crc. Hardware instructions are used where the CPU has them. */
+ * fm_crc32c(0, p, n) is the standard value: "123456789" gives 0xE3069283. Feed pieces by passing
+ * the previous result as crc. Hardware instructions are used where the CPU has them. */
 #ifndef FM_BASE_CRC32C_H
 #define FM_BASE_CRC32C_H
 

@@ -12,12 +12,24 @@ static atomic_int_fast64_t n_allocs;
 
 #if defined(__linux__)
 enum { HAS_HUGE = 1, HUGE_BYTES = 2 << 20 };
-static void advise_huge(void *p, size_t bytes) { (void)madvise(p, bytes, MADV_HUGEPAGE); }
-static void give_back(void *p, size_t bytes) { (void)madvise(p, bytes, MADV_DONTNEED); }
+static void advise_huge(void *p, size_t bytes)
+{
+    (void)madvise(p, bytes, MADV_HUGEPAGE);
+}
+static void give_back(void *p, size_t bytes)
+{
+    (void)madvise(p, bytes, MADV_DONTNEED);
+}
 #else
 enum { HAS_HUGE = 0, HUGE_BYTES = 2 << 20 };
-static void advise_huge(void *p, size_t bytes) { (void)p, (void)bytes; }
-static void give_back(void *p, size_t bytes) { (void)madvise(p, bytes, MADV_FREE); }
+static void advise_huge(void *p, size_t bytes)
+{
+    (void)p, (void)bytes;
+}
+static void give_back(void *p, size_t bytes)
+{
+    (void)madvise(p, bytes, MADV_FREE);
+}
 #endif
 
 bool fm_mul_size(size_t a, size_t b, size_t *out)
@@ -56,7 +68,10 @@ bool fm_add_i64(int64_t a, int64_t b, int64_t *out)
     return true;
 }
 
-int64_t fm_mem_n_allocs(void) { return atomic_load_explicit(&n_allocs, memory_order_relaxed); }
+int64_t fm_mem_n_allocs(void)
+{
+    return atomic_load_explicit(&n_allocs, memory_order_relaxed);
+}
 
 fm_status fm_alloc(size_t bytes, void **out)
 {
@@ -71,7 +86,10 @@ fm_status fm_alloc(size_t bytes, void **out)
     return FM_OK;
 }
 
-void fm_free(void *p) { free(p); }
+void fm_free(void *p)
+{
+    free(p);
+}
 
 /* Whole pages, at least one, so that alloc and free agree on the length for every bytes. */
 static bool region_bytes(size_t bytes, size_t *out)
@@ -130,15 +148,15 @@ void fm_region_free(void *p, size_t bytes)
 fm_status fm_arena_open(fm_arena *a, size_t bytes)
 {
     void *base = NULL;
-    *a = (fm_arena){ 0 };
+    *a = (fm_arena){0};
     FM_TRY(fm_region_alloc(bytes, true, &base));
-    *a = (fm_arena){ .base = base, .used = 0, .size = bytes };
+    *a = (fm_arena){.base = base, .used = 0, .size = bytes};
     return FM_OK;
 }
 
 void *fm_arena_take(fm_arena *a, size_t bytes)
 {
-    /* A sum that does not fit sticks at SIZE_MAX: the measuring pass then fails in fm_arena_open. */
+    /* A sum that does not fit sticks at SIZE_MAX; fm_arena_open then refuses it. */
     size_t end = SIZE_MAX;
     const size_t start = a->used;
     if (bytes > SIZE_MAX - FM_CACHE_LINE ||
@@ -158,5 +176,5 @@ void *fm_arena_take(fm_arena *a, size_t bytes)
 void fm_arena_close(fm_arena *a)
 {
     fm_region_free(a->base, a->size);
-    *a = (fm_arena){ 0 };
+    *a = (fm_arena){0};
 }

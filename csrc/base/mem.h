@@ -1,5 +1,5 @@
 /* Owns: checked sizes, aligned memory, big anonymous regions, arenas.
- * An arena is a bump allocator over one region: scratch is planned once and decode takes nothing. */
+ * An arena is a bump allocator over one region: scratch is planned once, decode takes nothing. */
 #ifndef FM_BASE_MEM_H
 #define FM_BASE_MEM_H
 
@@ -15,7 +15,10 @@ bool fm_add_size(size_t a, size_t b, size_t *out);
 bool fm_mul_i64(int64_t a, int64_t b, int64_t *out); /* a, b >= 0 */
 bool fm_add_i64(int64_t a, int64_t b, int64_t *out); /* a, b >= 0 */
 
-static inline size_t fm_round_up(size_t n, size_t align) { return (n + align - 1) / align * align; }
+static inline size_t fm_round_up(size_t n, size_t align)
+{
+    return (n + align - 1) / align * align;
+}
 
 /* Small objects: zeroed, 64-byte aligned. n = 0 gives a valid pointer. Free with fm_free. */
 fm_status fm_alloc(size_t bytes, void **out);
@@ -26,7 +29,8 @@ void fm_free(void *p); /* NULL is fine */
 int64_t fm_mem_n_allocs(void);
 
 /* Page-aligned zero memory straight from the OS (mmap), committed on first touch. Huge pages are
- * advised when huge is true. fm_region_drop gives the pages of a range back but keeps the addresses. */
+ * advised when huge is true. fm_region_drop gives the pages of a range back but keeps the
+ * addresses. */
 fm_status fm_region_alloc(size_t bytes, bool huge, void **out);
 void fm_region_drop(void *p, size_t bytes);
 void fm_region_free(void *p, size_t bytes); /* NULL is fine */
@@ -38,7 +42,7 @@ typedef struct fm_arena {
 
 /* Measuring pass: an arena with base NULL only counts; the second pass hands out memory. */
 fm_status fm_arena_open(fm_arena *a, size_t bytes);
-/* 64-byte aligned zero memory; asserts that it fits. NULL while measuring: read a->used at the end. */
+/* 64-byte aligned zero memory; asserts that it fits. NULL while measuring: read a->used then. */
 void *fm_arena_take(fm_arena *a, size_t bytes);
 void fm_arena_close(fm_arena *a);
 

@@ -10,7 +10,7 @@
 #define FM_PRINTF(fmt, args) __attribute__((format(printf, fmt, args)))
 #define FM_COUNT(a) ((int)(sizeof(a) / sizeof((a)[0])))
 
-int fm_cpu_count(void);     /* CPUs this process may run on, >= 1 */
-long fm_page_bytes(void);   /* the OS page, >= 4096 */
+int fm_cpu_count(void);   /* CPUs this process may run on, >= 1 */
+long fm_page_bytes(void); /* the OS page, >= 4096 */
 
 #endif

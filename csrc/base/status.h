@@ -41,7 +41,8 @@ const fm_error *fm_last_error(void);
 fm_status fm_fail(fm_status s, const char *fmt, ...) FM_PRINTF(2, 3);
 /* The same for a file: path is kept for the caller and put before the message unless that names it;
  * strerror(err) is appended when err != 0. */
-fm_status fm_fail_path(fm_status s, int err, const char *path, const char *fmt, ...) FM_PRINTF(4, 5);
+fm_status fm_fail_path(fm_status s, int err, const char *path, const char *fmt, ...)
+    FM_PRINTF(4, 5);
 
 #define FM_TRY(expr)                                                                               \
     do {                                                                                           \

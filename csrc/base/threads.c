@@ -1,6 +1,7 @@
-/* Owns: the worker pool. A worker joins a job by one compare-and-swap on `gate` while the job is open;
- * the caller closes the gate once the tasks are handed out and waits only for those who joined, so a
- * worker that wakes late (busy machine, forked child without workers) never delays or breaks a job. */
+/* Owns: the worker pool. A worker joins a job by one compare-and-swap on `gate` while the job is
+ * open; the caller closes the gate once the tasks are handed out and waits only for those who
+ * joined, so a worker that wakes late (busy machine, forked child without workers) never delays or
+ * breaks a job. */
 #include "base/threads.h"
 
 #include <assert.h>
@@ -50,8 +51,14 @@ struct fm_pool {
 /* Threads do not survive fork: a pool knows by this number that it lost its workers. */
 static atomic_int fork_id;
 static pthread_once_t fork_once = PTHREAD_ONCE_INIT;
-static void count_fork(void) { atomic_fetch_add(&fork_id, 1); }
-static void watch_forks(void) { (void)pthread_atfork(NULL, NULL, count_fork); }
+static void count_fork(void)
+{
+    atomic_fetch_add(&fork_id, 1);
+}
+static void watch_forks(void)
+{
+    (void)pthread_atfork(NULL, NULL, count_fork);
+}
 
 static inline void cpu_relax(void)
 {
@@ -97,7 +104,7 @@ static void leave_job(fm_pool *p)
 static void park_worker(fm_pool *p, uint64_t last_job)
 {
     pthread_mutex_lock(&p->lock);
-    /* Announce first, look again after: the caller opens the gate first and counts the parked after. */
+    /* Announce first, look again after: the caller opens the gate, then counts the parked. */
     atomic_fetch_add(&p->n_parked, 1);
     for (;;) {
         const uint64_t gate = atomic_load(&p->gate);
@@ -143,7 +150,7 @@ static int start_workers(fm_pool *p)
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
     for (; n < p->n_threads && rc == 0; n += rc == 0) {
-        p->workers[n] = (worker){ .pool = p, .index = n };
+        p->workers[n] = (worker){.pool = p, .index = n};
         rc = pthread_create(&p->workers[n].thread, &attr, worker_main, &p->workers[n]);
     }
     pthread_sigmask(SIG_SETMASK, &before, NULL);
@@ -202,7 +209,10 @@ void fm_pool_close(fm_pool *p)
     fm_free(p);
 }
 
-int fm_pool_threads(const fm_pool *p) { return p->n_threads; }
+int fm_pool_threads(const fm_pool *p)
+{
+    return p->n_threads;
+}
 
 static void open_gate(fm_pool *p, int64_t n_tasks, uint64_t job)
 {

@@ -1,6 +1,6 @@
 /* Owns: the one worker pool. No other file but io/io_pool.c starts threads.
- * One fm_parallel_for at a time per pool, from any thread; no nesting; the calling thread works too.
- * After fork the child's pool has no workers: it still works, on the calling thread alone. */
+ * One fm_parallel_for at a time per pool, from any thread; no nesting; the calling thread works
+ * too. After fork the child's pool has no workers: it still works, on the calling thread alone. */
 #ifndef FM_BASE_THREADS_H
 #define FM_BASE_THREADS_H
 

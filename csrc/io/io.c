@@ -1,5 +1,5 @@
-/* Owns: opening a method by name, checking requests, continuing partial reads, checksums, counters and
- * the wording of failures. Refuses to know how bytes are fetched: that is the method's. */
+/* Owns: opening a method by name, checking requests, continuing partial reads, checksums, counters
+ * and the wording of failures. Refuses to know how bytes are fetched: that is the method's. */
 #include "io/io.h"
 
 #include <errno.h>
@@ -68,7 +68,7 @@ fm_status fm_io_open(const fm_io_opts *opts, const char *const *paths, int n_pat
     FM_TRY(fm_alloc(sizeof(fm_io), &memory));
     fm_io *const io = memory;
     io->method = method;
-    io->caps = (fm_io_caps){ method->name, o.direct, o.direct ? FM_IO_ALIGN : 1 };
+    io->caps = (fm_io_caps){method->name, o.direct, o.direct ? FM_IO_ALIGN : 1};
     io->pid = getpid();
     const fm_status s = open_io(io, &o, paths, n_paths);
     if (s != FM_OK) {
@@ -92,11 +92,23 @@ void fm_io_close(fm_io *io)
     fm_free(io);
 }
 
-fm_io_caps fm_io_get_caps(const fm_io *io) { return io->caps; }
-int64_t fm_io_file_bytes(const fm_io *io, int32_t file) { return io->files[file].bytes; }
-const char *fm_io_file_path(const fm_io *io, int32_t file) { return io->files[file].path; }
+fm_io_caps fm_io_get_caps(const fm_io *io)
+{
+    return io->caps;
+}
+int64_t fm_io_file_bytes(const fm_io *io, int32_t file)
+{
+    return io->files[file].bytes;
+}
+const char *fm_io_file_path(const fm_io *io, int32_t file)
+{
+    return io->files[file].path;
+}
 
-static size_t wanted(const fm_io_req *r) { return r->bytes_wanted ? r->bytes_wanted : r->bytes; }
+static size_t wanted(const fm_io_req *r)
+{
+    return r->bytes_wanted ? r->bytes_wanted : r->bytes;
+}
 
 static fm_status check_request(const fm_io *io, const fm_io_req *r)
 {
@@ -192,15 +204,15 @@ void fm_io_start(fm_io_req *req)
 
 fm_io_part fm_io_next_part(const fm_io *io, const fm_io_req *req)
 {
-    /* A direct read that stopped inside a block goes on from the block's start: the offset must stay
-     * aligned, and reading a few bytes twice is harmless. */
+    /* A direct read that stopped inside a block goes on from the block's start: the offset must
+     * stay aligned, and reading a few bytes twice is harmless. */
     const size_t start = req->done_bytes - req->done_bytes % io->caps.align;
     const size_t left = req->bytes - start;
     const fm_io_file *const f = &io->files[req->file];
-    return (fm_io_part){ .fd = io->caps.direct ? f->fd_direct : f->fd,
-                         .off = req->off + (int64_t)start,
-                         .bytes = left < MAX_PART ? left : MAX_PART,
-                         .dst = (uint8_t *)req->dst + start };
+    return (fm_io_part){.fd = io->caps.direct ? f->fd_direct : f->fd,
+                        .off = req->off + (int64_t)start,
+                        .bytes = left < MAX_PART ? left : MAX_PART,
+                        .dst = (uint8_t *)req->dst + start};
 }
 
 bool fm_io_advance(const fm_io *io, fm_io_req *req, const fm_io_part *part, int64_t result)
@@ -224,7 +236,10 @@ bool fm_io_advance(const fm_io *io, fm_io_req *req, const fm_io_part *part, int6
     return done >= wanted(req);
 }
 
-void fm_io_stop(fm_io_req *req) { req->ns_read = fm_clock_ns() - req->ns_read; }
+void fm_io_stop(fm_io_req *req)
+{
+    req->ns_read = fm_clock_ns() - req->ns_read;
+}
 
 void fm_io_finish(fm_io *io, fm_io_req *req)
 {
@@ -255,7 +270,8 @@ fm_status fm_io_fail(const fm_io *io, const fm_io_req *req, const char *what)
                        what, sep, wanted(req), req->off, fm_status_name(req->status));
     if (req->err != 0)
         return fm_fail_path(FM_ERR_IO, req->err, f->path,
-                            "%s: %s%sread of %zu bytes at offset %" PRId64 " failed after %zu bytes",
+                            "%s: %s%sread of %zu bytes at offset %" PRId64
+                            " failed after %zu bytes",
                             f->path, what, sep, wanted(req), req->off, req->done_bytes);
     return fm_fail_path(FM_ERR_IO, 0, f->path,
                         "%s: %s%sfile ends early: read of %zu bytes at offset %" PRId64
@@ -265,9 +281,9 @@ fm_status fm_io_fail(const fm_io *io, const fm_io_req *req, const char *what)
 
 fm_status fm_io_read_sync(fm_io *io, int32_t file, int64_t off, size_t bytes, void *dst)
 {
-    fm_io_req r = { .file = file, .off = off, .bytes = bytes, .dst = dst, .ns_read = fm_clock_ns() };
-    const fm_io_caps buffered = { io->caps.method, false, 1 };
-    fm_io view = { .files = io->files, .n_files = io->n_files, .caps = buffered };
+    fm_io_req r = {.file = file, .off = off, .bytes = bytes, .dst = dst, .ns_read = fm_clock_ns()};
+    const fm_io_caps buffered = {io->caps.method, false, 1};
+    fm_io view = {.files = io->files, .n_files = io->n_files, .caps = buffered};
     if (bytes == 0)
         return FM_OK;
     FM_TRY(check_request(&view, &r));

@@ -1,9 +1,9 @@
 /* Owns: scripted failure, for tests. Wraps another method; its faults strike raw reads, so that the
  * code which continues, words and survives them is the code that ships.
  *   script = [method ":"] item { "," item }
- *   item   = kind "@" N   (the Nth request, from 1) | kind "@" N "+" (it and all later) | kind "%" N
- *            (every Nth) | "delay=" US ["us"] (every read) | "reorder" | "seed=" N
- *   kind   = eio | short (half of the first read) | eof (nothing) | corrupt (one bit, before the CRC) */
+ *   item   = kind "@" N   (the Nth request, from 1) | kind "@" N "+" (it and all later) | kind "%"
+ * N (every Nth) | "delay=" US ["us"] (every read) | "reorder" | "seed=" N kind   = eio | short
+ * (half of the first read) | eof (nothing) | corrupt (one bit, before the CRC) */
 #include <ctype.h>
 #include <errno.h>
 #include <inttypes.h>
@@ -17,7 +17,7 @@
 
 enum { MAX_RULES = 16, BATCH = 64 };
 typedef enum fault_kind { EIO_FAULT, SHORT_FAULT, EOF_FAULT, CORRUPT_FAULT, N_KINDS } fault_kind;
-static const char *const kind_names[N_KINDS] = { "eio", "short", "eof", "corrupt" };
+static const char *const kind_names[N_KINDS] = {"eio", "short", "eof", "corrupt"};
 
 typedef struct rule {
     fault_kind kind;
@@ -33,7 +33,7 @@ typedef struct fault {
     int n_rules;
     int64_t delay_us;
     bool reorder;
-    uint64_t seed; /* touched by the waiter only */
+    uint64_t seed;   /* touched by the waiter only */
     fm_io_req *held; /* completed, not yet delivered */
     int n_held;
 } fault;
@@ -58,7 +58,7 @@ static int64_t on_part(void *ctx, const fm_io_req *req, const fm_io_part *part, 
         if (fm_clock_ns() - req->ns_read < f->delay_us * 1000)
             return -EAGAIN;
     } else if (f->delay_us > 0) {
-        const struct timespec t = { f->delay_us / 1000000, f->delay_us % 1000000 * 1000 };
+        const struct timespec t = {f->delay_us / 1000000, f->delay_us % 1000000 * 1000};
         nanosleep(&t, NULL);
     }
     if (req->done_bytes > 0)
@@ -101,7 +101,7 @@ static bool parse_rule(fault *f, const char *s, const char *end)
         if ((size_t)(end - s) <= len || strncmp(s, kind_names[kind], len) != 0)
             continue;
         const char *p = s + len;
-        rule r = { .kind = (fault_kind)kind, .op = *p++ };
+        rule r = {.kind = (fault_kind)kind, .op = *p++};
         if ((r.op != '@' && r.op != '%') || !read_number(&p, &r.n) || r.n < 1)
             return false;
         if (r.op == '@' && *p == '+')
@@ -177,7 +177,7 @@ static fm_status open_fault(fm_io *io, const fm_io_opts *opts, void **state)
         fm_free(f);
         return s;
     }
-    io->tap = (fm_io_tap){ f, on_part, on_data };
+    io->tap = (fm_io_tap){f, on_part, on_data};
     *state = f;
     return FM_OK;
 }

@@ -1,5 +1,6 @@
 /* Owns: opening files twice, once through the page cache and once past it. File systems that accept
- * O_DIRECT at open and refuse it at the first read are found out here, not in the middle of a token. */
+ * O_DIRECT at open and refuse it at the first read are found out here, not in the middle of a
+ * token. */
 #if defined(__linux__)
 #define _GNU_SOURCE
 #endif
@@ -15,7 +16,10 @@
 #include "base/mem.h"
 
 #if defined(__linux__)
-static int open_direct(const char *path) { return open(path, O_RDONLY | O_CLOEXEC | O_DIRECT); }
+static int open_direct(const char *path)
+{
+    return open(path, O_RDONLY | O_CLOEXEC | O_DIRECT);
+}
 void fm_io_file_forget(const fm_io_file *f, int64_t off, int64_t bytes)
 {
     (void)posix_fadvise(f->fd, off, bytes, POSIX_FADV_DONTNEED);
@@ -86,7 +90,7 @@ static fm_status open_file(const char *path, bool direct, fm_io_file *f)
 
 fm_status fm_io_file_open(const char *path, bool direct, fm_io_file *out)
 {
-    fm_io_file f = { .path = NULL, .fd = -1, .fd_direct = -1, .bytes = 0 };
+    fm_io_file f = {.path = NULL, .fd = -1, .fd_direct = -1, .bytes = 0};
     const fm_status s = open_file(path, direct, &f);
     if (s != FM_OK) {
         fm_io_file_close(&f);
@@ -103,5 +107,5 @@ void fm_io_file_close(fm_io_file *f)
     if (f->fd_direct >= 0)
         close(f->fd_direct);
     free(f->path);
-    *f = (fm_io_file){ .path = NULL, .fd = -1, .fd_direct = -1, .bytes = 0 };
+    *f = (fm_io_file){.path = NULL, .fd = -1, .fd_direct = -1, .bytes = 0};
 }

@@ -1,5 +1,6 @@
-/* Private to io/: what a read method implements, and what io.c gives it. io.c checks requests, numbers
- * them, counts what is in flight and finishes short reads; a method queues, reads and delivers. */
+/* Private to io/: what a read method implements, and what io.c gives it. io.c checks requests,
+ * numbers them, counts what is in flight and finishes short reads; a method queues, reads and
+ * delivers. */
 #ifndef FM_IO_IO_METHOD_H
 #define FM_IO_IO_METHOD_H
 
@@ -28,8 +29,8 @@ typedef struct fm_io_method {
     /* Checked requests. On failure none is queued. */
     fm_status (*submit)(void *state, fm_io_req *const *reqs, int n);
     /* As fm_io_wait, arguments checked. */
-    fm_status (*wait)(void *state, fm_io_req **done, int max_done, int min_done,
-                      int64_t timeout_ns, int *n_done);
+    fm_status (*wait)(void *state, fm_io_req **done, int max_done, int min_done, int64_t timeout_ns,
+                      int *n_done);
     void (*cancel)(void *state, fm_io_req *req);
 } fm_io_method;
 
@@ -66,9 +67,9 @@ const fm_io_method *fm_io_method_find(const char *name, size_t name_len); /* NUL
 /* The life of a request inside a method, in this order; a method may be on any thread. */
 void fm_io_start(fm_io_req *req);
 fm_io_part fm_io_next_part(const fm_io *io, const fm_io_req *req);
-/* result: bytes or -errno of that part. true: finished (status set); false: ask for the next part. */
+/* result: bytes or -errno of that part. true: finished (status set); false: not yet. */
 bool fm_io_advance(const fm_io *io, fm_io_req *req, const fm_io_part *part, int64_t result);
-void fm_io_stop(fm_io_req *req);                 /* the last byte is there: the clock stops */
-void fm_io_finish(fm_io *io, fm_io_req *req);    /* checksum and counters; then it may be delivered */
+void fm_io_stop(fm_io_req *req);              /* the last byte is there: the clock stops */
+void fm_io_finish(fm_io *io, fm_io_req *req); /* checksum and counters; then it may be delivered */
 
 #endif

@@ -1,6 +1,7 @@
-/* Owns: reading by copying out of a memory map, the baseline that others are compared with. The kernel
- * is asked for the whole range first; without that it would fault it in page by page. A file cut short
- * while it is mapped is noticed before the copy; in the instant between, the copy would die of SIGBUS. */
+/* Owns: reading by copying out of a memory map, the baseline that others are compared with. The
+ * kernel is asked for the whole range first; without that it would fault it in page by page. A file
+ * cut short while it is mapped is noticed before the copy; in the instant between, the copy would
+ * die of SIGBUS. */
 #include <errno.h>
 #include <string.h>
 #include <sys/mman.h>

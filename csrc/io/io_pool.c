@@ -1,6 +1,6 @@
-/* Owns: the reading threads and their queues. One lock guards both queues and the completions: a read
- * takes tens of microseconds at least, so it is not contended. Demand requests are taken before
- * speculative ones; within a priority, first come first served. */
+/* Owns: the reading threads and their queues. One lock guards both queues and the completions: a
+ * read takes tens of microseconds at least, so it is not contended. Demand requests are taken
+ * before speculative ones; within a priority, first come first served. */
 #include "io/io_pool.h"
 
 #include <errno.h>
@@ -21,7 +21,7 @@ typedef struct pool {
     pthread_cond_t work, completed;
     fm_io_queue queued[FM_IO_N_PRIORITIES], done;
     int n_speculative, max_speculative; /* being read at once */
-    int min_done; /* what the waiter waits for; 0: nobody waits */
+    int min_done;                       /* what the waiter waits for; 0: nobody waits */
     bool stop;
     int n_workers;
     pthread_t threads[MAX_WORKERS];
@@ -29,11 +29,14 @@ typedef struct pool {
 
 /* Waiting until a point of fm_clock_ns: the two systems know different ways. */
 #if defined(__APPLE__)
-static int init_cond(pthread_cond_t *c) { return pthread_cond_init(c, NULL); }
+static int init_cond(pthread_cond_t *c)
+{
+    return pthread_cond_init(c, NULL);
+}
 static int wait_until(pthread_cond_t *c, pthread_mutex_t *m, int64_t deadline_ns)
 {
     const int64_t left = deadline_ns - fm_clock_ns();
-    const struct timespec t = { left / 1000000000, left % 1000000000 };
+    const struct timespec t = {left / 1000000000, left % 1000000000};
     return left <= 0 ? ETIMEDOUT : pthread_cond_timedwait_relative_np(c, m, &t);
 }
 #else
@@ -48,7 +51,7 @@ static int init_cond(pthread_cond_t *c)
 }
 static int wait_until(pthread_cond_t *c, pthread_mutex_t *m, int64_t deadline_ns)
 {
-    const struct timespec t = { deadline_ns / 1000000000, deadline_ns % 1000000000 };
+    const struct timespec t = {deadline_ns / 1000000000, deadline_ns % 1000000000};
     return pthread_cond_timedwait(c, m, &t);
 }
 #endif
@@ -79,8 +82,7 @@ static void *worker_main(void *arg)
     pool *const p = arg;
     pthread_mutex_lock(&p->lock);
     while (!p->stop) {
-        fm_io_req *const r =
-            fm_io_queue_pop_next(p->queued, p->n_speculative, p->max_speculative);
+        fm_io_req *const r = fm_io_queue_pop_next(p->queued, p->n_speculative, p->max_speculative);
         if (r == NULL) {
             pthread_cond_wait(&p->work, &p->lock);
             continue;

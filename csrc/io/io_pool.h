@@ -1,5 +1,5 @@
-/* Private to io/: worker threads over two priority queues, for methods whose read blocks. The functions
- * are fm_io_method slots; state is the pool. */
+/* Private to io/: worker threads over two priority queues, for methods whose read blocks. The
+ * functions are fm_io_method slots; state is the pool. */
 #ifndef FM_IO_IO_POOL_H
 #define FM_IO_IO_POOL_H
 

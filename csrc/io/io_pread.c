@@ -1,5 +1,5 @@
-/* Owns: the plain method: pread on worker threads, through the page cache or past it. Works wherever
- * files do, and is what the others are compared with. */
+/* Owns: the plain method: pread on worker threads, through the page cache or past it. Works
+ * wherever files do, and is what the others are compared with. */
 #include <errno.h>
 #include <unistd.h>
 

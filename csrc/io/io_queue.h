@@ -35,8 +35,8 @@ static inline fm_io_req *fm_io_queue_pop(fm_io_queue *q)
     return r;
 }
 
-/* What to start next: demand first; speculation only while fewer than max_speculative of it are running,
- * so that a demand read never finds the device full of guesses. The caller counts. */
+/* What to start next: demand first; speculation only while fewer than max_speculative of it are
+ * running, so that a demand read never finds the device full of guesses. The caller counts. */
 static inline fm_io_req *fm_io_queue_pop_next(fm_io_queue *by_priority, int n_speculative,
                                               int max_speculative)
 {

@@ -1,6 +1,6 @@
-/* Owns: reading through one Linux io_uring, by the kernel's ABI (no liburing). There is no thread of our
- * own: whoever submits or waits fills the ring, and the waiter alone reaps while it sleeps in the kernel.
- * A request that is dropped meanwhile (cancel) therefore wakes it with a no-op. */
+/* Owns: reading through one Linux io_uring, by the kernel's ABI (no liburing). There is no thread
+ * of our own: whoever submits or waits fills the ring, and the waiter alone reaps while it sleeps
+ * in the kernel. A request that is dropped meanwhile (cancel) therefore wakes it with a no-op. */
 #include "io/io_method.h"
 
 #if defined(__linux__) && defined(__has_include)
@@ -70,7 +70,10 @@ static unsigned n_unsubmitted(const ring *r)
     return *r->sq_tail - __atomic_load_n(r->sq_head, __ATOMIC_ACQUIRE);
 }
 
-static int n_in_kernel(const ring *r) { return r->depth - r->n_free - (int)n_unsubmitted(r); }
+static int n_in_kernel(const ring *r)
+{
+    return r->depth - r->n_free - (int)n_unsubmitted(r);
+}
 
 /* The next free entry. There always is one: the ring is larger than depth. */
 static struct io_uring_sqe *next_sqe(const ring *r)
@@ -81,7 +84,10 @@ static struct io_uring_sqe *next_sqe(const ring *r)
     return &r->sqes[at];
 }
 
-static void push_sqe(ring *r) { __atomic_store_n(r->sq_tail, *r->sq_tail + 1, __ATOMIC_RELEASE); }
+static void push_sqe(ring *r)
+{
+    __atomic_store_n(r->sq_tail, *r->sq_tail + 1, __ATOMIC_RELEASE);
+}
 
 static void push_part(ring *r, int i)
 {
@@ -179,7 +185,7 @@ static void pump(ring *r)
         }
         if (n_in_kernel(r) > 0) /* short of memory: a completion will bring us back here */
             return;
-        const struct timespec pause = { 0, 100000 };
+        const struct timespec pause = {0, 100000};
         nanosleep(&pause, NULL);
     }
 }
@@ -197,7 +203,7 @@ static fm_status submit_uring(void *state, fm_io_req *const *reqs, int n)
     return FM_OK;
 }
 
-/* How many completions are worth waking up for: all that is missing, unless more requests stand by. */
+/* How many completions are worth waking up for: all missing ones, unless more stand by. */
 static unsigned worth_waiting(const ring *r, int n_missing)
 {
     const int n = n_in_kernel(r);
@@ -217,7 +223,7 @@ static bool sleep_in_kernel(const ring *r, unsigned n_wait, int64_t deadline_ns)
     const int64_t left = deadline_ns - fm_clock_ns();
     if (left <= 0)
         return false;
-    struct pollfd p = { .fd = r->fd, .events = POLLIN };
+    struct pollfd p = {.fd = r->fd, .events = POLLIN};
     (void)poll(&p, 1, (int)(left / 1000000 < 1000 ? (left + 999999) / 1000000 : 1000));
     return true;
 }
@@ -334,8 +340,8 @@ static fm_status register_files(ring *r)
         const fm_io_file *const f = &r->io->files[i];
         ((int *)fds)[i] = r->io->caps.direct ? f->fd_direct : f->fd;
     }
-    r->fixed_files = syscall(__NR_io_uring_register, r->fd, IORING_REGISTER_FILES, fds,
-                             r->io->n_files) == 0;
+    r->fixed_files =
+        syscall(__NR_io_uring_register, r->fd, IORING_REGISTER_FILES, fds, r->io->n_files) == 0;
     if (!r->fixed_files)
         fm_log(FM_LOG_DEBUG, "io_uring: files not registered: %s", strerror(errno));
     fm_free(fds);
@@ -344,7 +350,7 @@ static fm_status register_files(ring *r)
 
 static fm_status start_ring(ring *r)
 {
-    struct io_uring_params p = { .flags = IORING_SETUP_CLAMP };
+    struct io_uring_params p = {.flags = IORING_SETUP_CLAMP};
     void *memory = NULL;
     r->fd = ring_setup((unsigned)(r->depth + SPARE), &p);
     if (r->fd < 0)
@@ -402,5 +408,5 @@ static fm_status open_absent(fm_io *io, const fm_io_opts *opts, void **state)
     return fm_fail(FM_ERR_UNSUPPORTED, "I/O method 'uring' needs Linux and was not built in");
 }
 
-const fm_io_method fm_io_method_uring = { .name = "uring", .can_direct = true, .open = open_absent };
+const fm_io_method fm_io_method_uring = {.name = "uring", .can_direct = true, .open = open_absent};
 #endif

@@ -1,5 +1,5 @@
-/* f16 and bf16 to f32 and back: exact one way, round to nearest even the other. Infinities and NaN stay
- * what they are. Integer arithmetic only, so the result hangs on no CPU mode or compiler flag.
+/* f16 and bf16 to f32 and back: exact one way, round to nearest even the other. Infinities and NaN
+ * stay what they are. Integer arithmetic only, so the result hangs on no CPU mode or compiler flag.
  * fm_load_* and fm_store_* take element i of an array at any byte address. */
 #ifndef FM_QUANT_HALF_H
 #define FM_QUANT_HALF_H
@@ -21,7 +21,10 @@ static inline uint32_t fm_f32_to_bits(float f)
     return bits;
 }
 
-static inline float fm_bf16_to_f32(uint16_t h) { return fm_f32_from_bits((uint32_t)h << 16); }
+static inline float fm_bf16_to_f32(uint16_t h)
+{
+    return fm_f32_from_bits((uint32_t)h << 16);
+}
 
 static inline uint16_t fm_f32_to_bf16(float f)
 {
@@ -83,7 +86,10 @@ static inline float fm_load_bf16(const uint8_t *p, int64_t i)
     return fm_bf16_to_f32(h);
 }
 
-static inline void fm_store_f32(uint8_t *p, int64_t i, float f) { memcpy(p + 4 * i, &f, sizeof(f)); }
+static inline void fm_store_f32(uint8_t *p, int64_t i, float f)
+{
+    memcpy(p + 4 * i, &f, sizeof(f));
+}
 
 static inline void fm_store_f16(uint8_t *p, int64_t i, float f)
 {

@@ -10,13 +10,16 @@
 
 static const fm_quant_traits table[FM_QUANT_COUNT] = {
 #define X(id, disk, name, bits)                                                                    \
-    [FM_QUANT_##id] = { name, disk, bits, FM_QUANT_AFFINE_##id, fm_quant_decode_##id,              \
-                        fm_quant_encode_##id },
+    [FM_QUANT_##id] = {                                                                            \
+        name, disk, bits, FM_QUANT_AFFINE_##id, fm_quant_decode_##id, fm_quant_encode_##id},
     FM_QUANT_LIST(X)
 #undef X
 };
 
-static bool in_table(fm_quant q) { return (unsigned)q < FM_QUANT_COUNT; }
+static bool in_table(fm_quant q)
+{
+    return (unsigned)q < FM_QUANT_COUNT;
+}
 
 const fm_quant_traits *fm_quant_get(fm_quant q)
 {

@@ -1,7 +1,7 @@
-/* MLX affine formats of 2, 3, 4, 5, 6 and 8 bits: W = scale * code + bias, scale and bias per group of
- * n_cols; the codes of a row are one little-endian bit stream (byte layout in quant.h).
- * Encoding is MLX's round to nearest: of the group's two edges the one farther from zero gets a code of
- * its own (exact but for the scale format), and zero falls on or next to a code. */
+/* MLX affine formats of 2, 3, 4, 5, 6 and 8 bits: W = scale * code + bias, scale and bias per group
+ * of n_cols; the codes of a row are one little-endian bit stream (byte layout in quant.h). Encoding
+ * is MLX's round to nearest: of the group's two edges the one farther from zero gets a code of its
+ * own (exact but for the scale format), and zero falls on or next to a code. */
 #ifndef FM_QUANT_QUANT_AFFINE_H
 #define FM_QUANT_QUANT_AFFINE_H
 

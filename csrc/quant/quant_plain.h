@@ -17,7 +17,7 @@ void fm_quant_encode_F16(const float *x, int64_t n_cols, int32_t group, fm_quant
 void fm_quant_encode_BF16(const float *x, int64_t n_cols, int32_t group, fm_quant scale_format,
                           uint8_t *codes, uint8_t *scales, uint8_t *biases);
 
-/* Element i of an array of plain numbers (scales, biases) at any address; q must be a plain format. */
+/* Element i of an array of plain numbers (scales, biases) at any address; q must be plain. */
 float fm_plain_load(fm_quant q, const uint8_t *p, int64_t i);
 void fm_plain_store(fm_quant q, uint8_t *p, int64_t i, float value);
 float fm_plain_max(fm_quant q); /* the largest finite value */

@@ -1,4 +1,4 @@
-/* What the I/O tests share: a file of known bytes, and the list of method variants to run against. */
+/* What the I/O tests share: a file of known bytes, and the method variants to run against. */
 #ifndef FM_TESTS_IO_FIXTURE_H
 #define FM_TESTS_IO_FIXTURE_H
 
@@ -18,7 +18,7 @@ typedef struct io_variant {
 
 /* Every method of the list, buffered and direct; those that this system refuses fail to open. */
 static const io_variant io_variants[] = {
-#define X(name) { #name, false }, { #name, true },
+#define X(name) {#name, false}, {#name, true},
     FM_IO_LIST(X)
 #undef X
 };
@@ -74,8 +74,8 @@ static inline fm_io *open_variant(io_variant v, int n_workers, const char *fault
 /* One request, waited for. */
 static inline fm_io_req read_one(fm_io *io, int64_t off, size_t bytes, size_t wanted, void *dst)
 {
-    fm_io_req r = { .off = off, .bytes = bytes, .bytes_wanted = wanted, .dst = dst, .tag = 77 };
-    fm_io_req *const list[1] = { &r }, *done[1] = { NULL };
+    fm_io_req r = {.off = off, .bytes = bytes, .bytes_wanted = wanted, .dst = dst, .tag = 77};
+    fm_io_req *const list[1] = {&r}, *done[1] = {NULL};
     int n = 0;
     CHECK_INT(fm_io_submit(io, list, 1), FM_OK);
     CHECK_INT(fm_io_wait(io, done, 1, 1, -1, &n), FM_OK);

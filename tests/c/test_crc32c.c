@@ -46,8 +46,8 @@ static void known_vectors(void)
 static void sizes_and_cuts(void)
 {
     static uint8_t data[60000];
-    const size_t sizes[] = { 1,   2,   3,   5,    7,    8,    15,    16,    17,    31,    63,   65,
-                             127, 767, 768, 1023, 1535, 4096, 24575, 24576, 24577, 49160, 59900 };
+    const size_t sizes[] = {1,   2,   3,   5,    7,    8,    15,    16,    17,    31,    63,   65,
+                            127, 767, 768, 1023, 1535, 4096, 24575, 24576, 24577, 49160, 59900};
     uint64_t seed = 1;
     for (size_t i = 0; i < sizeof(data); i++)
         data[i] = (uint8_t)test_rand(&seed);

@@ -12,8 +12,8 @@ static char path[4096];
 
 static void buffered_edges(fm_io *io)
 {
-    const int64_t edges[] = { 0, 1, 2, 4094, 4095, 4096, 4097, 8191, 8192, 8193, FILE_BYTES - 1,
-                              FILE_BYTES };
+    const int64_t edges[] = {0,    1,    2,    4094, 4095,           4096,
+                             4097, 8191, 8192, 8193, FILE_BYTES - 1, FILE_BYTES};
     for (int a = 0; a < FM_COUNT(edges); a++)
         for (int b = a + 1; b < FM_COUNT(edges); b++)
             for (size_t shift = 0; shift < 3; shift++) {
@@ -75,8 +75,8 @@ static void checksums(fm_io *io)
 {
     void *dst = NULL;
     REQUIRE(fm_region_alloc(8192, false, &dst) == FM_OK);
-    fm_io_req r = { .bytes = 8192, .bytes_wanted = 8000, .dst = dst, .crc_skip = 7 };
-    fm_io_req *const list[1] = { &r }, *done[1];
+    fm_io_req r = {.bytes = 8192, .bytes_wanted = 8000, .dst = dst, .crc_skip = 7};
+    fm_io_req *const list[1] = {&r}, *done[1];
     int n = 0;
     r.crc_bytes = 7993;
     REQUIRE(fm_io_submit(io, list, 1) == FM_OK);
@@ -94,7 +94,7 @@ static void wrong_arguments(fm_io *io, size_t align)
     fm_io_req *done[4];
     int n = -1;
     REQUIRE(fm_region_alloc(8192, false, &dst) == FM_OK);
-    const fm_io_req good = { .off = 0, .bytes = 4096, .dst = dst };
+    const fm_io_req good = {.off = 0, .bytes = 4096, .dst = dst};
     fm_io_req bad[12], first = good;
     int n_bad = 0;
     for (int i = 0; i < FM_COUNT(bad); i++)
@@ -114,7 +114,7 @@ static void wrong_arguments(fm_io *io, size_t align)
         bad[n_bad++].dst = (uint8_t *)dst + 1;
     }
     for (int i = 0; i < n_bad; i++) {
-        fm_io_req *const list[2] = { &first, &bad[i] };
+        fm_io_req *const list[2] = {&first, &bad[i]};
         CHECK_INT(fm_io_submit(io, list, 2), FM_ERR_ARG);
     }
     /* Nothing was queued: nothing may be waited for, and a poll finds nothing. */
@@ -196,9 +196,21 @@ static void refused_at_open(void)
     opts.n_workers = 0;
     opts.method = "tape";
     refuse(&opts, path, FM_ERR_UNSUPPORTED, "pread");
-    const char *const scripts[] = { "tape:eio@1", "fault:eio@1", "eio", "eio@", "eio@0", "eio@x",
-                                    "eio@1+2", "melt@3", "delay=", "delay=5ms", "reorder=1", "seed=",
-                                    "eio@99999999999999999999", ",", "eio@1,,eio@2" };
+    const char *const scripts[] = {"tape:eio@1",
+                                   "fault:eio@1",
+                                   "eio",
+                                   "eio@",
+                                   "eio@0",
+                                   "eio@x",
+                                   "eio@1+2",
+                                   "melt@3",
+                                   "delay=",
+                                   "delay=5ms",
+                                   "reorder=1",
+                                   "seed=",
+                                   "eio@99999999999999999999",
+                                   ",",
+                                   "eio@1,,eio@2"};
     opts.method = "fault";
     for (int i = 0; i < FM_COUNT(scripts); i++) {
         opts.fault = scripts[i];
@@ -216,7 +228,7 @@ static void forked_child(void)
     CHECK_INT(read_one(io, 0, 16, 0, dst).status, FM_OK);
     const pid_t pid = fork();
     if (pid == 0) {
-        fm_io_req r = { .bytes = 16, .dst = dst }, *const list[1] = { &r };
+        fm_io_req r = {.bytes = 16, .dst = dst}, *const list[1] = {&r};
         alarm(20);
         CHECK_INT(fm_io_submit(io, list, 1), FM_ERR_STATE);
         fm_io_close(io);
@@ -228,7 +240,9 @@ static void forked_child(void)
     fm_io_close(io);
 }
 #else
-static void forked_child(void) {} /* TSan does not follow a fork of a threaded program */
+static void forked_child(void)
+{
+} /* TSan does not follow a fork of a threaded program */
 #endif
 
 int main(void)

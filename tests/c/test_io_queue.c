@@ -1,4 +1,5 @@
-/* Queueing: order, cancellation, many submitters, timeouts, closing early; and every scripted fault. */
+/* Queueing: order, cancellation, many submitters, timeouts, closing early; and every scripted
+ * fault. */
 #include "io_fixture.h"
 
 #include <errno.h>
@@ -9,18 +10,18 @@
 
 enum { BLOCK = 4096, N_BLOCKS = 64, FILE_BYTES = BLOCK * N_BLOCKS, MAX_REQS = 1024 };
 static char path[4096];
-static io_variant variant;      /* what the running case shall use */
-static uint8_t *memory;         /* MAX_REQS blocks, page aligned */
+static io_variant variant; /* what the running case shall use */
+static uint8_t *memory;    /* MAX_REQS blocks, page aligned */
 static fm_io_req reqs[MAX_REQS];
 static fm_io_req *list[MAX_REQS], *done[MAX_REQS];
 
 static fm_io_req block_request(int i)
 {
-    return (fm_io_req){ .off = (int64_t)(i * 7 % N_BLOCKS) * BLOCK,
-                        .bytes = BLOCK,
-                        .dst = memory + (size_t)i * BLOCK,
-                        .tag = (uint64_t)i,
-                        .crc_bytes = BLOCK };
+    return (fm_io_req){.off = (int64_t)(i * 7 % N_BLOCKS) * BLOCK,
+                       .bytes = BLOCK,
+                       .dst = memory + (size_t)i * BLOCK,
+                       .tag = (uint64_t)i,
+                       .crc_bytes = BLOCK};
 }
 
 static void prepare(int n)
@@ -43,7 +44,7 @@ static fm_io *open_faulty(const char *script, int n_workers)
 {
     char text[256];
     snprintf(text, sizeof(text), "%s:%s", variant.method, script);
-    return open_variant((io_variant){ "fault", variant.direct }, n_workers, text, path);
+    return open_variant((io_variant){"fault", variant.direct}, n_workers, text, path);
 }
 
 static void wait_for(fm_io *io, int n)
@@ -83,53 +84,74 @@ static void demand_goes_first(void)
     fm_io_close(io);
 }
 
+/* What depends on who runs first is tried a few times: on a busy machine we may be held up for
+ * longer than a read takes, but a wrong implementation never shows it. */
+enum { TRIES = 5 };
+
 /* Guesses that came first may not fill all workers: a demand read starts at once. */
 static void speculation_leaves_room(void)
 {
-    fm_io *const io = open_faulty("delay=40000", 4);
-    prepare(9);
-    for (int i = 0; i < 8; i++)
-        reqs[i].priority = 1;
-    REQUIRE(fm_io_submit(io, list, 8) == FM_OK);
-    REQUIRE(fm_io_submit(io, list + 8, 1) == FM_OK);
-    wait_for(io, 9);
-    for (int i = 4; i < 9; i++)
-        CHECK(done[i]->tag != 8);
-    fm_io_close(io);
+    bool overtook = false;
+    for (int try = 0; try < TRIES && !overtook; try++) {
+        fm_io *const io = open_faulty("delay=20000", 4);
+        prepare(9);
+        for (int i = 0; i < 8; i++)
+            reqs[i].priority = 1;
+        REQUIRE(fm_io_submit(io, list, 8) == FM_OK);
+        REQUIRE(fm_io_submit(io, list + 8, 1) == FM_OK);
+        wait_for(io, 9);
+        for (int i = 0; i < 4; i++)
+            overtook |= done[i]->tag == 8;
+        fm_io_close(io);
+    }
+    CHECK(overtook);
 }
 
 static void cancelled(void)
 {
-    fm_io *const io = open_faulty("delay=3000", 1);
-    int n_cancelled = 0, n_ok = 0;
-    prepare(12);
-    REQUIRE(fm_io_submit(io, list, 12) == FM_OK);
-    const int order[] = { 11, 5, 6, 0, 10, 5 }; /* last, middle, maybe running, twice */
-    for (int i = 0; i < FM_COUNT(order); i++)
-        CHECK_INT(fm_io_cancel(io, &reqs[order[i]]), FM_OK);
-    wait_for(io, 12);
-    for (int i = 0; i < 12; i++) {
-        n_cancelled += reqs[i].status == FM_ERR_CANCELLED;
-        n_ok += is_right(&reqs[i]);
+    const int order[] = {11, 5, 6, 0, 10, 5}; /* last, middle, maybe running, twice */
+    int n_cancelled = 0;
+    for (int try = 0; try < TRIES && n_cancelled < 4; try++) {
+        fm_io *const io = open_faulty("delay=3000", 1);
+        int n_right = 0;
+        n_cancelled = 0;
+        prepare(12);
+        REQUIRE(fm_io_submit(io, list, 12) == FM_OK);
+        for (int i = 0; i < FM_COUNT(order); i++)
+            CHECK_INT(fm_io_cancel(io, &reqs[order[i]]), FM_OK);
+        wait_for(io, 12);
+        for (int i = 0; i < 12; i++) {
+            n_cancelled += reqs[i].status == FM_ERR_CANCELLED;
+            n_right += is_right(&reqs[i]);
+        }
+        CHECK(n_cancelled <= 5 && n_cancelled + n_right == 12);
+        CHECK_INT(fm_io_fail(io, &reqs[11], NULL), reqs[11].status);
+        fm_io_close(io);
     }
-    CHECK(n_cancelled >= 4 && n_cancelled <= 5 && n_cancelled + n_ok == 12);
-    CHECK_INT(fm_io_fail(io, &reqs[11], NULL), FM_ERR_CANCELLED);
-    fm_io_close(io);
+    CHECK(n_cancelled >= 4);
 }
 
 static void timeouts(void)
 {
-    fm_io *const io = open_faulty("delay=50000", 1);
-    int n = -1;
-    prepare(2);
-    REQUIRE(fm_io_submit(io, list, 2) == FM_OK);
-    const int64_t start = fm_clock_ns();
-    CHECK(fm_io_wait(io, done, 2, 1, 0, &n) == FM_OK && n == 0);
-    CHECK(fm_io_wait(io, done, 2, 2, 5000000, &n) == FM_OK && n == 0);
-    const int64_t waited = fm_clock_ns() - start;
-    CHECK(waited >= 5000000 && waited < 45000000);
-    wait_for(io, 2);
-    fm_io_close(io);
+    bool in_time = false;
+    for (int try = 0; try < TRIES && !in_time; try++) {
+        fm_io *const io = open_faulty("delay=50000", 1);
+        int n_polled = -1, n_waited = -1;
+        prepare(2);
+        REQUIRE(fm_io_submit(io, list, 2) == FM_OK);
+        const int64_t start = fm_clock_ns();
+        CHECK_INT(fm_io_wait(io, done, 2, 0, 0, &n_polled), FM_OK);
+        if (n_polled == 0) {
+            CHECK_INT(fm_io_wait(io, done, 2, 2, 5000000, &n_waited), FM_OK);
+            const int64_t waited = fm_clock_ns() - start;
+            CHECK(waited >= 5000000);
+            in_time = n_waited == 0 && waited < 45000000;
+        }
+        if (n_polled == 0 && n_waited == 0)
+            wait_for(io, 2);
+        fm_io_close(io);
+    }
+    CHECK(in_time);
 }
 
 static void closed_early(void)
@@ -152,11 +174,11 @@ static void faults(void)
         const char *script;
         int victim, err;
         fm_status status;
-    } cases[] = { { "eio@5", 5, EIO, FM_ERR_IO },
-                  { "eof@7", 7, 0, FM_ERR_IO },
-                  { "short%2,eio@9", 9, EIO, FM_ERR_IO },
-                  { "short@1+,reorder,seed=7", 0, 0, FM_OK },
-                  { "delay=100us,reorder", 0, 0, FM_OK } };
+    } cases[] = {{"eio@5", 5, EIO, FM_ERR_IO},
+                 {"eof@7", 7, 0, FM_ERR_IO},
+                 {"short%2,eio@9", 9, EIO, FM_ERR_IO},
+                 {"short@1+,reorder,seed=7", 0, 0, FM_OK},
+                 {"delay=100us,reorder", 0, 0, FM_OK}};
     for (int c = 0; c < FM_COUNT(cases); c++) {
         fm_io *const io = open_faulty(cases[c].script, 0);
         prepare(40);
@@ -205,17 +227,17 @@ static void *submit_some(void *arg)
     return NULL;
 }
 
-/* Cancels may race with the read and with delivery's queue, never with reuse: the waiter keeps all. */
+/* Cancels may race with the read and with delivery, never with reuse: the waiter keeps all. */
 static void many_submitters(void)
 {
     enum { N_THREADS = 4, EACH = 100 };
     fm_io *const io = open_faulty("short%3,reorder", 3);
     submitter s[N_THREADS];
     pthread_t threads[N_THREADS];
-    int seen[N_THREADS * EACH] = { 0 }, total = 0, n = 0;
+    int seen[N_THREADS * EACH] = {0}, total = 0, n = 0;
     prepare(N_THREADS * EACH);
     for (int i = 0; i < N_THREADS; i++) {
-        s[i] = (submitter){ io, i * EACH, EACH };
+        s[i] = (submitter){io, i * EACH, EACH};
         REQUIRE(pthread_create(&threads[i], NULL, submit_some, &s[i]) == 0);
     }
     while (total < N_THREADS * EACH) {

@@ -22,7 +22,7 @@ static void checked_sizes(void)
 
 static void small_objects(void)
 {
-    const size_t sizes[] = { 0, 1, 63, 64, 65, 4097 };
+    const size_t sizes[] = {0, 1, 63, 64, 65, 4097};
     const int64_t before = fm_mem_n_allocs();
     for (int i = 0; i < FM_COUNT(sizes); i++) {
         void *p = NULL;
@@ -44,7 +44,7 @@ static void small_objects(void)
 static void regions(void)
 {
     const size_t page = (size_t)fm_page_bytes();
-    const size_t sizes[] = { 0, 1, page, page + 1, (size_t)5 << 20 };
+    const size_t sizes[] = {0, 1, page, page + 1, (size_t)5 << 20};
     for (int i = 0; i < FM_COUNT(sizes); i++)
         for (int huge = 0; huge < 2; huge++) {
             void *v = NULL;
@@ -67,8 +67,8 @@ static void regions(void)
 
 static void arenas(void)
 {
-    fm_arena count = { 0 }, a;
-    const size_t sizes[] = { 1, 64, 65, 0, 1000, 3 << 20 };
+    fm_arena count = {0}, a;
+    const size_t sizes[] = {1, 64, 65, 0, 1000, 3 << 20};
     for (int i = 0; i < FM_COUNT(sizes); i++)
         CHECK(fm_arena_take(&count, sizes[i]) == NULL);
     REQUIRE(fm_arena_open(&a, count.used) == FM_OK);
@@ -84,7 +84,7 @@ static void arenas(void)
     fm_arena_close(&a);
 
     /* A plan that overflows cannot be opened. */
-    fm_arena huge = { 0 };
+    fm_arena huge = {0};
     fm_arena_take(&huge, SIZE_MAX / 2);
     fm_arena_take(&huge, SIZE_MAX / 2 + 100);
     fm_arena_take(&huge, SIZE_MAX);

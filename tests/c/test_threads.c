@@ -27,7 +27,7 @@ static void count_task(void *ctx, int64_t task, int worker)
 
 static void run_job(fm_pool *pool, int64_t n_tasks)
 {
-    job j = { .pool = pool, .n_tasks = n_tasks };
+    job j = {.pool = pool, .n_tasks = n_tasks};
     fm_parallel_for(pool, n_tasks, count_task, &j);
     for (int64_t i = 0; i < n_tasks; i++)
         CHECK_INT(j.hits[i], 1);
@@ -36,7 +36,7 @@ static void run_job(fm_pool *pool, int64_t n_tasks)
 
 static void task_counts(void)
 {
-    const int64_t counts[] = { 0, 1, 2, 3, 7, 31, 64, 1000 };
+    const int64_t counts[] = {0, 1, 2, 3, 7, 31, 64, 1000};
     for (int n_threads = 1; n_threads <= 5; n_threads++) {
         fm_pool *pool = NULL;
         REQUIRE(fm_pool_open(n_threads, &pool) == FM_OK);
@@ -95,7 +95,9 @@ static void open_and_close(void)
 }
 
 #if defined(__SANITIZE_THREAD__)
-static void forked_child(void) {} /* TSan does not follow a fork of a threaded program */
+static void forked_child(void)
+{
+} /* TSan does not follow a fork of a threaded program */
 #else
 static void forked_child(void)
 {

@@ -1,5 +1,6 @@
-/* Any bytes as a quantised row: the checks refuse or the codecs run clean, inside exactly their bytes.
- * With -DFUZZ_LIBFUZZER a libFuzzer target; otherwise a driver: files given, or 20,000 seeded inputs. */
+/* Any bytes as a quantised row: the checks refuse or the codecs run clean, inside exactly their
+ * bytes. With -DFUZZ_LIBFUZZER a libFuzzer target; otherwise a driver: files given, or 20,000
+ * seeded inputs. */
 #include <assert.h>
 #include <math.h>
 #include <stdint.h>
@@ -23,7 +24,7 @@ static uint32_t take(input *in, size_t bytes)
     return v;
 }
 
-/* A heap copy of exactly bytes, so that the sanitizer sees one byte too far; short input is zeros. */
+/* A heap copy of exactly bytes, so that the sanitizer sees one byte too far; then zeros. */
 static uint8_t *take_area(input *in, int64_t bytes)
 {
     uint8_t *const area = calloc(1, (size_t)bytes + (bytes == 0));
@@ -58,25 +59,26 @@ static void check_round_trip(const fm_quant_traits *t, fm_quant_row row, int64_t
 
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
 {
-    static const int32_t usual_groups[] = { 16, 32, 64, 128 };
-    input in = { data, size };
+    static const int32_t usual_groups[] = {16, 32, 64, 128};
+    input in = {data, size};
     const fm_quant q = (fm_quant)(take(&in, 1) % (FM_QUANT_COUNT + 1));
     const fm_quant scale_format = (fm_quant)(take(&in, 1) % 4);
     const uint32_t group_byte = take(&in, 1);
     const int32_t group = group_byte < 16 ? (int32_t)group_byte - 1 : usual_groups[group_byte % 4];
     const uint32_t cols = take(&in, 2);
-    const int64_t n_cols = cols & 0x8000 ? (int64_t)((uint64_t)take(&in, 4) << 32)
-                                           : (int64_t)(cols % 1152);
+    const int64_t n_cols =
+        cols & 0x8000 ? (int64_t)((uint64_t)take(&in, 4) << 32) : (int64_t)(cols % 1152);
     if (fm_quant_check(q, n_cols, group, scale_format) != FM_OK || n_cols > 2048)
         return 0;
     const fm_quant_traits *const t = fm_quant_get(q);
     const int64_t codes_bytes = fm_quant_codes_bytes(q, n_cols);
     const int64_t scales_bytes = fm_quant_scales_bytes(q, n_cols, group, scale_format);
-    uint8_t *const codes = take_area(&in, codes_bytes), *const scales = take_area(&in, scales_bytes);
+    uint8_t *const codes = take_area(&in, codes_bytes), *const scales =
+                                                            take_area(&in, scales_bytes);
     uint8_t *const biases = take_area(&in, scales_bytes);
     float *const y = malloc((size_t)n_cols * sizeof(float));
     assert(y != NULL);
-    const fm_quant_row row = { codes, scales, biases, group, scale_format };
+    const fm_quant_row row = {codes, scales, biases, group, scale_format};
     t->decode_ref(&row, n_cols, y);
     check_round_trip(t, row, n_cols, y, codes_bytes, scales_bytes);
     free(y);
