@@ -1,4 +1,4 @@
-"""Join the shaders into one source text and write it as a C array: no path is looked up at run time.
+"""Join the shaders into one source text and write it as a C array: no path is needed at run time.
 
 Usage: python metal/embed.py OUT.c   (or import `source` for the text)
 """
@@ -35,7 +35,11 @@ def as_c(text):
     for line in text.split("\n"):
         escaped = line.replace("\\", "\\\\").replace('"', '\\"')
         lines.append(f'"{escaped}\\n"')
-    return "extern const char fm_metal_source[];\nconst char fm_metal_source[] =\n" + "\n".join(lines) + ";\n"
+    return (
+        "extern const char fm_metal_source[];\nconst char fm_metal_source[] =\n"
+        + "\n".join(lines)
+        + ";\n"
+    )
 
 
 if __name__ == "__main__":

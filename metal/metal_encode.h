@@ -5,6 +5,16 @@
 
 #include "metal_pipeline.h"
 
+/* Where many rows switch to the tiled kernels, which read weights and keys once per tile. Tiles sum in another order
+ * than the row kernels, so a row's last bits depend on how many rows came with it, never on which. With all three at
+ * INT_MAX a batch equals its members bit for bit, as on the CPU. */
+typedef struct fm_metal_tuning {
+    int vec_rows;   /* matrices: up to this many rows of x by mat_vec */
+    int short_span; /* attention: spans up to this long by attend_rows */
+    int chunk_rows; /* DeltaNet: spans from this long on by delta_chunk */
+} fm_metal_tuning;
+extern fm_metal_tuning fm_metal_tune;
+
 /* A dispatch under construction: pipeline chosen, buffers bound by index. */
 typedef struct fm_metal_call {
     fm_metal *m;

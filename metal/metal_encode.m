@@ -4,6 +4,8 @@
 #include <math.h>
 #include <string.h>
 
+fm_metal_tuning fm_metal_tune = {.vec_rows = 4, .short_span = 2, .chunk_rows = FM_DELTA_CHUNK / 2};
+
 static const fm_metal_constants plain = {{0}};
 
 fm_status fm_metal_call_begin(fm_metal *m, const char *kernel, fm_metal_constants c, fm_metal_call *out)

@@ -1,11 +1,9 @@
 /* Matrices: items that share a format go out in one dispatch, addressed through a table, so that cached experts are
- * used where they lie. Few rows: mat_vec, which reads x once per four outputs; many: mat_mul over tiles. The two sum in
- * different orders, so a row's last bits may depend on how many rows came with it (never on which). */
+ * used where they lie. Few rows: mat_vec, which reads x once per four outputs; many: mat_mul over tiles
+ * (fm_metal_tune). */
 #include <string.h>
 
 #include "metal_encode.h"
-
-enum { MAX_VEC_ROWS = 4 }; /* above it, tiles read the weights once instead of once per row */
 
 static fm_u32 format_of(fm_quant q)
 {
@@ -79,7 +77,7 @@ static fm_status run_items(fm_metal *m, mat_kind kind, bool gated, fm_metal_plac
         most_out = items[i].n_out > most_out ? items[i].n_out : most_out;
         most_rows = items[i].n > most_rows ? items[i].n : most_rows;
     }
-    const bool vec = gated || most_rows <= MAX_VEC_ROWS;
+    const bool vec = gated || most_rows <= (fm_u32)fm_metal_tune.vec_rows;
     kind.c.v[FM_FC_GATED] = gated;
     if (!vec)
         kind.c.v[FM_FC_VEC] = 0; /* the tiled kernel does not look: one pipeline */
@@ -211,7 +209,7 @@ static fm_status expert_phase(const expert_run *r, phase p)
     for (int i = 0; i < r->n; i++)
         FM_TRY(expert_item(r, r->jobs[i], p, &items[i]));
     mat_kind kind;
-    FM_TRY(kind_of(p == PHASE_DOWN ? &first->down : &first->gate, &kind));
+    FM_TRY(kind_of(p == PHASE_DOWN ? &first->down : p == PHASE_UP ? &first->up : &first->gate, &kind));
     const bool down = p == PHASE_DOWN;
     return run_items(r->m, kind, p == PHASE_GATE_UP, down ? r->gate : r->x, down ? r->width : r->hidden,
                      down ? NULL : &r->rows, table, items, r->n);
@@ -238,7 +236,7 @@ enum { MAX_JOBS = 1024 };
 
 static fm_status same_run(const fm_expert_job *a, const fm_expert_job *b, bool *same)
 {
-    *same = (a->n <= MAX_VEC_ROWS) == (b->n <= MAX_VEC_ROWS);
+    *same = (a->n <= fm_metal_tune.vec_rows) == (b->n <= fm_metal_tune.vec_rows);
     const fm_mat *pa[] = {&a->gate, &a->up, &a->down}, *pb[] = {&b->gate, &b->up, &b->down};
     for (int i = 0; i < 3; i++) {
         mat_kind ka, kb;
@@ -291,7 +289,7 @@ fm_status fm_metal_experts(fm_backend *b, const fm_expert_args *a)
         FM_TRY(kind_of(&job->gate, &gate));
         FM_TRY(kind_of(&job->up, &up));
         /* gate and up of different formats cannot share a pass */
-        FM_TRY(run_experts(&r, job->n > MAX_VEC_ROWS || !same_kind(&gate, &up)));
+        FM_TRY(run_experts(&r, job->n > fm_metal_tune.vec_rows || !same_kind(&gate, &up)));
     }
     return FM_OK;
 }

@@ -1,8 +1,6 @@
 /* Mixers: attention and Gated DeltaNet, span by span; short spans of all sequences share one attention dispatch. */
 #include "metal_encode.h"
 
-enum { ROWS_KERNEL_MAX = 2 }; /* spans this short use the row kernel; longer ones tiles */
-
 static const fm_metal_constants plain = {{0}};
 
 static fm_metal_constants with_dim(int64_t dim)
@@ -85,7 +83,7 @@ static fm_status attend_short(fm_metal *m, const fm_attention_args *a, int64_t n
     int64_t last = 0;
     for (int s = 0; s < a->n_spans; s++) {
         const fm_span *sp = &a->spans[s];
-        if (sp->n > ROWS_KERNEL_MAX)
+        if (sp->n > fm_metal_tune.short_span)
             continue;
         const size_t cache = (size_t)(a->a.n_kv_heads * a->kv[s].capacity * a->a.head_dim) * 4;
         fm_attn_row row = {.capacity = (fm_u32)a->kv[s].capacity};
@@ -117,7 +115,7 @@ fm_status fm_metal_attention(fm_backend *b, const fm_attention_args *a)
     int64_t n_short = 0;
     for (int s = 0; s < a->n_spans; s++) {
         FM_TRY(store_rows(m, a, s));
-        if (a->spans[s].n <= ROWS_KERNEL_MAX)
+        if (a->spans[s].n <= fm_metal_tune.short_span)
             n_short += a->spans[s].n;
         else
             FM_TRY(attend_tiled(m, a, s));
@@ -182,7 +180,7 @@ static fm_status delta_core(const delta_call *d, const float *s_in, float *s_out
     const fm_delta_args *a = d->a;
     const fm_span *sp = d->span;
     const int64_t hv = a->n_v_heads, width = 2 * a->n_k_heads * a->dk + hv * a->dv, state = hv * a->dk * a->dv * 4;
-    const bool chunked = sp->n >= FM_DELTA_CHUNK / 2 && a->dk <= FM_DELTA_CHUNK_DK;
+    const bool chunked = sp->n >= fm_metal_tune.chunk_rows && a->dk <= FM_DELTA_CHUNK_DK;
     fm_metal_call c;
     FM_TRY(fm_metal_call_begin(d->m, chunked ? "delta_chunk" : "delta_step", with_dim(a->dk), &c));
     fm_metal_bind_place(&c, 0, d->qk);

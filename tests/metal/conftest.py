@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-import mslc  # noqa: E402
+import mslc
 
 HERE = Path(__file__).parent
 INSTALL = (
@@ -71,6 +71,12 @@ def run_tests(san, *select, env=None):
 def reports(output):
     """The sanitizer's summary lines."""
     return re.findall(r"(?:SUMMARY: .*|.*runtime error: .*)", output)
+
+
+def assert_clean(status, output):
+    """The child passed and its sanitizer said nothing."""
+    assert status == 0, output[-5000:]
+    assert not reports(output), output[-5000:]
 
 
 in_child = pytest.mark.skipif("MSL_CHILD" in os.environ, reason="already inside a sanitizer run")

@@ -16,15 +16,24 @@ from concurrent.futures import ThreadPoolExecutor
 import mslc
 
 sys.path.insert(0, str(mslc.REPO / "metal"))
-import embed  # noqa: E402
+import contextlib
+
+import embed
 
 FAKE = mslc.HERE / "fake"
 CORE = ["base", "quant", "cpu", "backend"]
-OBJC_FLAGS = (
-    "-fobjc-runtime=gcc -fblocks -fno-objc-arc -fobjc-exceptions -fexceptions "
-    "-fconstant-string-class=NSConstantString -D_NATIVE_OBJC_EXCEPTIONS -DGNUSTEP "
-    "-DGNUSTEP_BASE_LIBRARY=1 -DGNU_RUNTIME=1"
-).split()
+OBJC_FLAGS = [
+    "-fobjc-runtime=gcc",
+    "-fblocks",
+    "-fno-objc-arc",
+    "-fobjc-exceptions",
+    "-fexceptions",
+    "-fconstant-string-class=NSConstantString",
+    "-D_NATIVE_OBJC_EXCEPTIONS",
+    "-DGNUSTEP",
+    "-DGNUSTEP_BASE_LIBRARY=1",
+    "-DGNU_RUNTIME=1",
+]
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter"]
 
 
@@ -36,10 +45,8 @@ def gnustep():
     link = mslc.CACHE / "gccobjc"
     link.mkdir(parents=True, exist_ok=True)
     if not (link / "objc").exists():  # only this folder of gcc's headers: clang has its own others
-        try:
+        with contextlib.suppress(FileExistsError):
             (link / "objc").symlink_to(f"{include}/objc")
-        except FileExistsError:
-            pass
     lib = os.path.dirname(include)
     # BlocksRuntime first: GNUstep exports a _Block_copy that copies nothing
     libs = ["-L", lib, "-lBlocksRuntime", "-lgnustep-base", "-lobjc"]
@@ -56,7 +63,7 @@ def compile_object(path, san, text=None):
     """One object file, cached by its preprocessed text."""
     include = ["-I", mslc.REPO / "csrc", "-I", mslc.REPO / "metal", "-I", FAKE / "include",
                "-I", FAKE, "-I", mslc.HERE / "runtime"]  # fmt: skip
-    flags = [mslc.CC, "-std=gnu11", "-O1", "-g", "-fPIC", "-DFM_HAVE_METAL"]
+    flags = [mslc.CC, "-std=gnu11", "-O1", "-g", "-fPIC", "-DFM_HAVE_METAL", '-DFM_VERSION="test"']
     if str(path).endswith(".m"):
         flags += [*OBJC_FLAGS, *gnustep()[0], *WARNINGS]
     if san:
@@ -167,8 +174,8 @@ class BackendError(Exception):
 @functools.lru_cache(None)
 def library(san=None, metal=None):
     san = os.environ.get("MSL_SAN", "") if san is None else san
-    os.environ["FAKE_METAL_COMPILE"] = (
-        f"{sys.executable} {mslc.HERE / 'mslc.py'} --embedded" + (f" --san {san}" if san else "")
+    os.environ["FAKE_METAL_COMPILE"] = f"{sys.executable} {mslc.HERE / 'mslc.py'} --embedded" + (
+        f" --san {san}" if san else ""
     )
     C.CDLL(str(mslc.runtime(san)), mode=C.RTLD_GLOBAL)  # kernels look for their runner there
     lib = C.CDLL(str(build(san, metal)))
@@ -242,3 +249,41 @@ def address(x):
 def pointers(arrays):
     """A C array of data pointers."""
     return (P * len(arrays))(*[a.ctypes.data for a in arrays])
+
+
+# ---- the whole core with Metal in it, as a Python module
+
+
+def build_core():
+    """`flashmoe._core` with the Metal host and the stand-in linked in; returns its path."""
+    import sysconfig
+
+    import pybind11
+
+    text = embed.as_c(embed.source(mslc.KERNELS))
+    embedded = mslc.cached(["embedded", text], ".c", lambda tmp: tmp.write_text(text))
+    csrc = mslc.REPO / "csrc"
+    files = [p for p in sorted(csrc.glob("*/*.c")) if p.parent.name != "bind"] + [embedded]
+    files += [p for p in sources() if "csrc" not in p.parts]
+    cxx = [mslc.CXX, "-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", '-DFM_VERSION="test"',
+           "-I", csrc, "-I", pybind11.get_include(),
+           "-I", sysconfig.get_paths()["include"]]  # fmt: skip
+
+    def compile_cxx(path):
+        before = mslc.run_tool([*cxx, "-E", path], f"preprocessing {path}").stdout
+
+        def build(tmp):
+            mslc.run_tool([*cxx, "-c", path, "-o", tmp], f"compiling {path}")
+
+        return mslc.cached(["object", *cxx, before], ".o", build)
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(lambda f: compile_object(f, ""), files))
+        objects += list(pool.map(compile_cxx, sorted((csrc / "bind").glob("*.cpp"))))
+    rt = mslc.runtime("")
+
+    def link(tmp):
+        cmd = [mslc.CXX, "-shared", "-o", tmp, *objects, rt, f"-Wl,-rpath,{rt.parent}"]
+        mslc.run_tool([*cmd, *gnustep()[1], "-lm", "-lpthread", "-ldl"], "linking the core")
+
+    return mslc.cached(["core", *map(str, objects), rt], ".so", link)

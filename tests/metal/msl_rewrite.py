@@ -18,18 +18,39 @@ TOKEN = re.compile(
     r"""|\]\]|::|<<=|>>=|->|[-+*/%&|^=!<>]=|&&|\|\||<<|\+\+|--|.""",
     re.S,
 )
-SCALARS = "char uchar short ushort int uint long ulong float half bfloat bool".split()
+SCALARS = [
+    "char",
+    "uchar",
+    "short",
+    "ushort",
+    "int",
+    "uint",
+    "long",
+    "ulong",
+    "float",
+    "half",
+    "bfloat",
+    "bool",
+]
 VECTORS = {s + n for s in SCALARS for n in "234"}
 IDENT = re.compile(r"[A-Za-z_]\w*$")
 FLOAT_LITERAL = re.compile(r"(\d+\.\d*|\.\d+|\d+)([eE][+-]?\d+)?$")
 
 # The order is the numbering of MSL_B_* in runtime/msl_abi.h.
-BUILTINS = (
-    "thread_position_in_grid thread_position_in_threadgroup threadgroup_position_in_grid "
-    "threads_per_threadgroup threadgroups_per_grid threads_per_grid "
-    "dispatch_threads_per_threadgroup thread_index_in_threadgroup thread_index_in_simdgroup "
-    "simdgroup_index_in_threadgroup simdgroups_per_threadgroup threads_per_simdgroup"
-).split()
+BUILTINS = [
+    "thread_position_in_grid",
+    "thread_position_in_threadgroup",
+    "threadgroup_position_in_grid",
+    "threads_per_threadgroup",
+    "threadgroups_per_grid",
+    "threads_per_grid",
+    "dispatch_threads_per_threadgroup",
+    "thread_index_in_threadgroup",
+    "thread_index_in_simdgroup",
+    "simdgroup_index_in_threadgroup",
+    "simdgroups_per_threadgroup",
+    "threads_per_simdgroup",
+]
 ATTRIBUTES = {
     "buffer",
     "threadgroup",
@@ -183,6 +204,7 @@ class Rewriter:
         if kind in BUILTINS:
             return Param(3, "MSL_B_" + kind, name, False)
         self.refuse(line, f"attribute [[{kind}]] is not known for a kernel parameter")
+        return None
 
     def params(self, tokens):
         found = [self.param(p) for p in self.split(tokens)]
@@ -236,7 +258,7 @@ class Rewriter:
         cut = ends[0] - 1
         kind = " ".join(first[:cut])
         out = []
-        for part in [first[cut:]] + parts[1:]:
+        for part in [first[cut:], *parts[1:]]:
             if "=" in part:
                 self.refuse(line, "a threadgroup variable cannot have an initializer")
             name, dims = part[0], "".join(part[1:])
@@ -248,7 +270,10 @@ class Rewriter:
             )
         return "; ".join(out) + "\n" * "".join(t[0] for t in body).count("\n"), end
 
-    def is_threadgroup_variable(self, i):
+    def declares(self, i):
+        """Whether `threadgroup` at i begins the declaration of a variable, not of a pointer."""
+        if self.text(self.near(i, -1)) not in (";", "{", "}"):
+            return False
         k = i
         while self.text(k) not in (";", "=", "[", "("):
             if self.text(k) in ("*", "&"):
@@ -270,7 +295,7 @@ class Rewriter:
         if prev == "(" and nxt == ")":
             operand = self.text(self.near(after))
             outer = self.text(self.near(before, -1))
-            call = IDENT.match(outer) and outer != "return" or outer in ("]", ">")
+            call = (IDENT.match(outer) and outer != "return") or outer in ("]", ">")
             if not call and re.match(r"[A-Za-z_0-9(.\-+~!*]", operand):
                 while out and out[-1] != "(":
                     out.pop()
@@ -324,17 +349,15 @@ class Rewriter:
                     out.append(made[0])
                     i = made[1]
                     continue
-            elif t == "threadgroup" and braces > 0 and parens == 0:
-                if self.text(self.near(i, -1)) in (";", "{", "}"):
-                    if self.is_threadgroup_variable(i):
-                        made, end = self.threadgroup_variable(i)
-                        if self.mode == "run":
-                            out.append(made)
-                            i = end
-                        else:
-                            out.append("MSL_TG_VAR")
-                            i += 1
-                        continue
+            elif t == "threadgroup" and braces > 0 and parens == 0 and self.declares(i):
+                made, end = self.threadgroup_variable(i)
+                if self.mode == "run":
+                    out.append(made)
+                    i = end
+                else:
+                    out.append("MSL_TG_VAR")
+                    i += 1
+                continue
             elif t in VECTORS:
                 n = self.vector(i, out)
                 if n is not None:

@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from msl_rewrite import BUILTINS, MslError, rewrite  # noqa: E402
+from msl_rewrite import BUILTINS, MslError, rewrite
 
 HERE = Path(__file__).resolve().parent
 REPO = HERE.parents[1]
@@ -29,7 +29,9 @@ CACHE = Path(os.environ.get("FLASHMOE_METAL_CACHE", REPO / "build" / "metal-test
 CXX = os.environ.get("MSL_CXX", "clang++-19")
 CC = os.environ.get("MSL_CC", "clang-19")
 SANITIZERS = ("", "address", "thread", "undefined")
-UNDEF = "".join(f"#undef {w}\n" for w in "double constant kernel device thread threadgroup".split())
+UNDEF = "".join(
+    f"#undef {w}\n" for w in ["double", "constant", "kernel", "device", "thread", "threadgroup"]
+)
 
 
 def run_tool(cmd, what):
@@ -57,7 +59,7 @@ def preprocess(path, defines=(), include_dirs=None):
     for d in INCLUDE_DIRS if include_dirs is None else include_dirs:
         cmd += ["-I", d]
     cmd += [f"-D{d}" for d in defines]
-    return run_tool(cmd + [path], "preprocessing").stdout
+    return run_tool([*cmd, path], "preprocessing").stdout
 
 
 def quoted(unit):
@@ -125,7 +127,7 @@ def check(path, defines=(), include_dirs=None):
     def build(tmp):
         cpp = tmp.with_suffix(".cpp")
         cpp.write_text("#include <metal_stdlib>\n" + text)
-        cmd = flags_common() + ["-std=c++14", "-DMSL_CHECK", "-fsyntax-only", "-Wall", "-Wextra"]
+        cmd = [*flags_common(), "-std=c++14", "-DMSL_CHECK", "-fsyntax-only", "-Wall", "-Wextra"]
         cmd += ["-Werror=c++17-extensions", "-Werror=c++20-extensions", "-Werror=uninitialized"]
         cmd += ["-Werror=unused-variable", "-Wno-unused-function", "-Wno-unused-parameter", cpp]
         run_tool(cmd, "the check pass")
@@ -145,7 +147,7 @@ def compile_run(path, san="", defines=(), include_dirs=None, opt=None):
     def build(tmp):
         cpp = tmp.with_suffix(".cpp")
         cpp.write_text("#include <metal_stdlib>\n" + text + "\n" + quoted(unit))
-        cmd = flags_common() + ["-std=c++20", opt, "-gline-tables-only", "-march=native", "-w"]
+        cmd = [*flags_common(), "-std=c++20", opt, "-gline-tables-only", "-march=native", "-w"]
         cmd += ["-Xclang", "-ffloat16-excess-precision=none", "-fno-math-errno", "-fPIC"]
         cmd += ["-shared", "-fvisibility=hidden", "-o", tmp, cpp]
         if san:
@@ -165,11 +167,11 @@ def compile_cuda(path, out, values=None, defines=(), include_dirs=None):
     cu.write_text(
         f"#define MSL_CUDA\n{begin}#include <metal_stdlib>\n{text}\n{cuda_entry(unit)}{end}"
     )
-    cmd = flags_common()[:5] + ["-x", "cuda", "--cuda-device-only", "--cuda-gpu-arch=sm_90"]
+    cmd = [*flags_common()[:5], "-x", "cuda", "--cuda-device-only", "--cuda-gpu-arch=sm_90"]
     cmd += ["-nocudainc", "-nocudalib", "--no-cuda-version-check", "-std=c++20", "-O3", "-w"]
     cmd += ["-Xclang", "-target-feature", "-Xclang", "+ptx80", "-Xclang", "-mlink-builtin-bitcode"]
     cmd += ["-Xclang", "/usr/local/cuda/nvvm/libdevice/libdevice.10.bc"]
-    run_tool(cmd + ["-I", HERE / "runtime", "-S", "-o", out, cu], "compiling for CUDA")
+    run_tool([*cmd, "-I", HERE / "runtime", "-S", "-o", out, cu], "compiling for CUDA")
     return Path(out)
 
 
@@ -182,7 +184,7 @@ def runtime(san=""):
         cmd += ["-Wall", "-Wextra", "-Werror", "-I", HERE / "runtime", "-o", tmp]
         if san:
             cmd += [f"-fsanitize={san}", "-shared-libsan"]
-        run_tool(cmd + [HERE / "runtime" / "msl_rt.cpp"], "building the runner")
+        run_tool([*cmd, HERE / "runtime" / "msl_rt.cpp"], "building the runner")
 
     return cached(["runtime", san, source], ".so", build)
 

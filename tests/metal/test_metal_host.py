@@ -13,7 +13,7 @@ from conftest import HERE, in_child, run_child
 NOMEM, BACKEND, UNSUPPORTED, STATE, ARG = -20, -60, -50, -70, -10
 
 
-@pytest.fixture()
+@pytest.fixture
 def metal():
     with H.Backend("metal") as b:
         yield b
@@ -58,7 +58,7 @@ def test_struct_sizes():
             "CombineArgs": "fm_combine_args", "Opts": "fm_backend_opts",
             "Vtable": "fm_backend_vtable"}  # fmt: skip
     checks = "".join(
-        f"_Static_assert(sizeof({want[n]}) == {C.sizeof(getattr(H, n))}, \"{n}\");\n" for n in names
+        f'_Static_assert(sizeof({want[n]}) == {C.sizeof(getattr(H, n))}, "{n}");\n' for n in names
     )
     path = mslc.CACHE / "sizes.c"
     mslc.CACHE.mkdir(parents=True, exist_ok=True)
@@ -254,7 +254,8 @@ def test_embedded_source_is_complete():
         for line in path.read_text().splitlines():
             if line.startswith("kernel void"):
                 assert text.count(line) == 1
-    assert '#include "' not in text and text.count("#pragma once") == 0
+    assert '#include "' not in text
+    assert text.count("#pragma once") == 0
     assert json.dumps(text)  # no control characters that a C string would need escaped
 
 
@@ -279,7 +280,8 @@ os._exit(0)
 @in_child
 def test_hung_command_buffer():
     status, output = run_child(["-c", HANG.format(here=str(HERE))], None)
-    assert status == 0 and "did not finish within 1 s" in output, output
+    assert status == 0, output
+    assert "did not finish within 1 s" in output
 
 
 MISUSE = """
@@ -299,4 +301,5 @@ b.sync()
 def test_stand_in_stops_misuse():
     """A misaligned offset, which Metal's validation would refuse, ends the program here too."""
     status, output = run_child(["-c", MISUSE.format(here=str(HERE))], None)
-    assert status != 0 and "offset is not aligned to 4 bytes" in output, output
+    assert status != 0, output
+    assert "offset is not aligned to 4 bytes" in output

@@ -6,7 +6,7 @@ import msl
 import mslc
 import numpy as np
 import pytest
-from conftest import in_child, reports, run_tests
+from conftest import assert_clean, in_child, run_tests
 from metal_args import CONST, args, table
 from oracle_metal import Matrix, at_offset, silu
 
@@ -23,8 +23,8 @@ def lib(name):
 
 
 def constants(w, vec=0, gated=0):
-    return dict(FC_FORMAT=FMT[w.fmt], FC_GROUP=w.group, FC_SCALE=FMT[w.scale], FC_VEC=vec,
-                FC_GATED=gated)  # fmt: skip
+    return {"FC_FORMAT": FMT[w.fmt], "FC_GROUP": w.group, "FC_SCALE": FMT[w.scale], "FC_VEC": vec,
+                "FC_GATED": gated}  # fmt: skip
 
 
 def item(w, y, up=None, bias=None, n=1, row0=0, add=0, n_out=None):
@@ -77,8 +77,8 @@ def cols_for(fmt, n, group=32):
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
-@pytest.mark.parametrize("kernel, n", [("mat_vec", 1), ("mat_mul", 5)])
-@pytest.mark.parametrize("n_out, n_cols", [(1, 32), (9, 65), (33, 127), (17, 1023)])
+@pytest.mark.parametrize(("kernel", "n"), [("mat_vec", 1), ("mat_mul", 5)])
+@pytest.mark.parametrize(("n_out", "n_cols"), [(1, 32), (9, 65), (33, 127), (17, 1023)])
 def test_formats(kernel, n, fmt, n_out, n_cols):
     rng = np.random.default_rng(1)
     w = Matrix(rng, n_out, cols_for(fmt, n_cols), fmt, group=32).aligned(4)
@@ -123,7 +123,8 @@ def test_ragged_rows(n, order):
     with msl.order(order):
         run_mat("mat_mul", [item(w, y, n=n)], w, x)
     check(y[:n, :19], w, x[:, :96])
-    assert (y[n:] == 7).all() and (y[:, 19:] == 7).all()
+    assert (y[n:] == 7).all()
+    assert (y[:, 19:] == 7).all()
 
 
 @pytest.mark.parametrize("kernel", ["mat_vec", "mat_mul"])
@@ -174,7 +175,8 @@ def test_embed(fmt):
                       threads=(y.shape[1], 6), tg=(32, 2), fc=constants(w))  # fmt: skip
     got, exact = y[:4, : w.shape[1]], w.values[ids]
     assert (np.abs(got - exact) <= 2.0**-23 * (np.abs(exact) + 1e-30)).all()
-    assert (y[:, w.shape[1] :] == 7).all() and (y[4] == 7).all()
+    assert (y[:, w.shape[1] :] == 7).all()
+    assert (y[4] == 7).all()
 
 
 @pytest.mark.parametrize("n_out", SIZES)
@@ -194,7 +196,7 @@ SUBSET = "test_items or (test_formats and 33-127) or (test_gated and not rev) or
 @pytest.mark.parametrize("san", mslc.SANITIZERS[1:])
 def test_sanitizers(san):
     status, output = run_tests(san, __file__, "-k", SUBSET)
-    assert status == 0 and not reports(output), output[-5000:]
+    assert_clean(status, output)
 
 
 @in_child
@@ -203,4 +205,4 @@ def test_sanitizers(san):
 @pytest.mark.parametrize("san", mslc.SANITIZERS[1:])
 def test_sanitizers_all(san, order):
     status, output = run_tests(san, __file__, env={"MSL_ORDER": order})
-    assert status == 0 and not reports(output), output[-5000:]
+    assert_clean(status, output)

@@ -5,7 +5,7 @@ import mslc
 import numpy as np
 import oracle_metal as oracle
 import pytest
-from conftest import in_child, reports, run_tests
+from conftest import assert_clean, in_child, run_tests
 from metal_args import CONST, args, table
 from test_metal_mat import ORDERS, f32, lib
 from test_metal_ops import nan
@@ -113,7 +113,7 @@ def test_attend_rows_dims(shape, gated):
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("n, pos", [(1, 0), (5, 0), (17, 0), (7, 33)])
+@pytest.mark.parametrize(("n", "pos"), [(1, 0), (5, 0), (17, 0), (7, 33)])
 def test_attend_tiles(shape, n, pos, order):
     case = Attention(np.random.default_rng(3), *shape, spans=[(n, pos), (2, 3)])
     with msl.order(order):
@@ -150,7 +150,7 @@ def test_large_scores_do_not_overflow():
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 17])
-@pytest.mark.parametrize("n_ch, kern", [(1, 4), (33, 4), (64, 2)])
+@pytest.mark.parametrize(("n_ch", "kern"), [(1, 4), (33, 4), (64, 2)])
 def test_conv(n_ch, kern, n, order):
     rng = np.random.default_rng(n)
     m, w, hist = f32(rng, n, n_ch + 2), f32(rng, n_ch, kern), f32(rng, kern - 1, n_ch)
@@ -220,7 +220,7 @@ class Delta:
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("kernel", ["delta_step", "delta_chunk"])
 @pytest.mark.parametrize("n", [1, 2, 5])
-@pytest.mark.parametrize("hk, hv, dk, dv", [(1, 1, 1, 1), (2, 4, 9, 33), (2, 2, 32, 16)])
+@pytest.mark.parametrize(("hk", "hv", "dk", "dv"), [(1, 1, 1, 1), (2, 4, 9, 33), (2, 2, 32, 16)])
 def test_delta(hk, hv, dk, dv, n, kernel, order):
     with msl.order(order):
         Delta(np.random.default_rng(n), n, hk, hv, dk, dv).check(kernel)
@@ -232,7 +232,7 @@ def test_delta_long(n, kernel):
     Delta(np.random.default_rng(n), n, 1, 2, 16, 17).check(kernel)
 
 
-@pytest.mark.parametrize("kernel, dk", [("delta_step", 256), ("delta_step", 128),
+@pytest.mark.parametrize(("kernel", "dk"), [("delta_step", 256), ("delta_step", 128),
                                         ("delta_chunk", 128)])  # fmt: skip
 def test_delta_real_dims(kernel, dk):
     Delta(np.random.default_rng(6), 3, 1, 2, dk, 128).check(kernel)
@@ -256,7 +256,7 @@ SUBSET = (
 @pytest.mark.parametrize("san", mslc.SANITIZERS[1:])
 def test_sanitizers(san):
     status, output = run_tests(san, __file__, "-k", SUBSET)
-    assert status == 0 and not reports(output), output[-5000:]
+    assert_clean(status, output)
 
 
 @in_child
@@ -264,4 +264,4 @@ def test_sanitizers(san):
 @pytest.mark.parametrize("san", mslc.SANITIZERS[1:])
 def test_sanitizers_all(san):
     status, output = run_tests(san, __file__)
-    assert status == 0 and not reports(output), output[-5000:]
+    assert_clean(status, output)

@@ -5,7 +5,7 @@ import mslc
 import numpy as np
 import oracle_metal as oracle
 import pytest
-from conftest import in_child, reports, run_tests
+from conftest import assert_clean, in_child, run_tests
 from metal_args import CONST, args
 from test_metal_mat import ORDERS, SIZES, f32, lib
 
@@ -39,7 +39,7 @@ def test_rms_norm_in_place():
     assert (np.abs(x - exact) <= 2.0**-20 * np.abs(exact)).all()
 
 
-@pytest.mark.parametrize("heads, hd, rot", [(1, 2, 2), (3, 10, 6), (4, 64, 16), (2, 33, 32)])
+@pytest.mark.parametrize(("heads", "hd", "rot"), [(1, 2, 2), (3, 10, 6), (4, 64, 16), (2, 33, 32)])
 def test_rotary(heads, hd, rot):
     rng = np.random.default_rng(1)
     n, half, ld = 3, rot // 2, heads * 2 * hd + 3
@@ -91,7 +91,8 @@ def test_clip():
     exact = np.clip(x, -8, 8)
     a = args("fm_rows_args", n=6, limit=8)
     lib("rows").run("clip_abs", {0: x, 1: a}, groups=1, tg=32)
-    assert np.array_equal(x[:6], exact[:6]) and x[6] == np.float32(1e30)
+    assert np.array_equal(x[:6], exact[:6])
+    assert x[6] == np.float32(1e30)
 
 
 @pytest.mark.parametrize("hidden", [1, 31, 65])
@@ -138,16 +139,16 @@ def run_route(logits, k, bias=None, **kw):
 
 
 ROUTES = [
-    dict(),
-    dict(renorm=False),
-    dict(sigmoid_score=True, eps=1e-20, scale=2.5, bias=True),
-    dict(sigmoid_score=True, renorm=False, n_group=4, topk_group=2, bias=True),
+    {},
+    {"renorm": False},
+    {"sigmoid_score": True, "eps": 1e-20, "scale": 2.5, "bias": True},
+    {"sigmoid_score": True, "renorm": False, "n_group": 4, "topk_group": 2, "bias": True},
 ]
 
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("kw", ROUTES)
-@pytest.mark.parametrize("n_experts, k", [(8, 1), (8, 8), (60, 4), (128, 8), (512, 10)])
+@pytest.mark.parametrize(("n_experts", "k"), [(8, 1), (8, 8), (60, 4), (128, 8), (512, 10)])
 def test_route(n_experts, k, kw, order):
     rng = np.random.default_rng(n_experts)
     if kw.get("n_group") and (n_experts % 4 or k > n_experts // 2):
@@ -174,7 +175,8 @@ def test_route_ties_and_special_values():
     assert ids[0].tolist() == [5, 20, 0, 1]
     assert ids[1].tolist() == [0, 1, 2, 3]
     assert ids[2].tolist() == [30, 31, 32, 0]
-    assert ids[3].tolist()[0] == 9 and 2 not in ids[3]
+    assert ids[3].tolist()[0] == 9
+    assert 2 not in ids[3]
     assert np.allclose(weights[1], 0.25)
 
 
@@ -202,7 +204,7 @@ SUBSET = "route and 60 or rms_norm and (33 or place) or nonfinite or combine or 
 @pytest.mark.parametrize("san", mslc.SANITIZERS[1:])
 def test_sanitizers(san):
     status, output = run_tests(san, __file__, "-k", SUBSET)
-    assert status == 0 and not reports(output), output[-5000:]
+    assert_clean(status, output)
 
 
 @in_child
@@ -210,4 +212,4 @@ def test_sanitizers(san):
 @pytest.mark.parametrize("san", mslc.SANITIZERS[1:])
 def test_sanitizers_all(san):
     status, output = run_tests(san, __file__)
-    assert status == 0 and not reports(output), output[-5000:]
+    assert_clean(status, output)

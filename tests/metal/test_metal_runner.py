@@ -7,7 +7,7 @@ import msl
 import mslc
 import numpy as np
 import pytest
-from conftest import HERE, in_child, reports, run_tests
+from conftest import HERE, assert_clean, in_child, reports, run_tests
 from msl_rewrite import MslError
 
 ORDERS = ["", "rev", "rand1", "rand2"]
@@ -47,11 +47,12 @@ def test_no_barrier_shows_in_some_order(lib):
 def test_uninitialised_is_nan(lib):
     out = f32(64)
     lib.run("uninitialised", {0: out}, groups=1, tg=64)
-    assert np.isnan(out[63]) and not np.isnan(out[:63]).any()
+    assert np.isnan(out[63])
+    assert not np.isnan(out[:63]).any()
 
 
 @pytest.mark.parametrize(
-    "name, words",
+    ("name", "words"),
     [
         ("partial_barrier", "reached by 63 of 64"),
         ("two_barriers", "different barriers"),
@@ -66,7 +67,7 @@ def test_faults(lib, name, words):
 
 
 @pytest.mark.parametrize(
-    "buffers, tg, words",
+    ("buffers", "tg", "words"),
     [
         ({1: f32(9), 2: N}, 32, "missing buffer binding at index 0"),
         ({0: f32(1), 1: f32(9), 2: b"\1\0"}, 32, "has space for 2 bytes"),
@@ -113,14 +114,14 @@ def test_check_accepts():
 # ---- under the sanitizers: each case runs in a child, alone
 
 CASES = {
-    "past_end": (dict(buffers={0: f32(1), 1: f32(1000), 2: N}, threads=1001, tg=64), "address"),
-    "past_threadgroup": (dict(buffers={0: f32(64)}, groups=1, tg=64), "address"),
-    "no_barrier": (dict(buffers={0: f32(64), 1: f32(64)}, groups=1, tg=64), "thread"),
-    "racy_write": (dict(buffers={0: f32(1)}, groups=1, tg=128), "thread"),
-    "racy_groups": (dict(buffers={0: f32(2)}, groups=4, tg=32), "thread"),
-    "misaligned": (dict(buffers={0: np.zeros((32, 4), np.uint32), 1: np.zeros(133, np.uint32)},
-                        groups=1, tg=32), "undefined"),
-    "wide_shift": (dict(buffers={0: np.zeros(32, np.uint32)}, groups=1, tg=32), "undefined"),
+    "past_end": ({"buffers": {0: f32(1), 1: f32(1000), 2: N}, "threads": 1001, "tg": 64}, "address"),
+    "past_threadgroup": ({"buffers": {0: f32(64)}, "groups": 1, "tg": 64}, "address"),
+    "no_barrier": ({"buffers": {0: f32(64), 1: f32(64)}, "groups": 1, "tg": 64}, "thread"),
+    "racy_write": ({"buffers": {0: f32(1)}, "groups": 1, "tg": 128}, "thread"),
+    "racy_groups": ({"buffers": {0: f32(2)}, "groups": 4, "tg": 32}, "thread"),
+    "misaligned": ({"buffers": {0: np.zeros((32, 4), np.uint32), 1: np.zeros(133, np.uint32)},
+                        "groups": 1, "tg": 32}, "undefined"),
+    "wide_shift": ({"buffers": {0: np.zeros(32, np.uint32)}, "groups": 1, "tg": 32}, "undefined"),
 }  # fmt: skip
 
 
@@ -147,4 +148,4 @@ def test_sanitizer_finds(name):
 @pytest.mark.parametrize("san", mslc.SANITIZERS[1:])
 def test_sanitizer_has_no_false_alarm(san):
     status, output = run_tests(san, __file__, "-k", "test_reduction")
-    assert status == 0 and not reports(output), output
+    assert_clean(status, output)

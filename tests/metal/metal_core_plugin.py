@@ -1,0 +1,37 @@
+"""A pytest plugin: run the core's own tests on the Metal backend (`pytest -p metal_core_plugin`).
+
+Loads the core that hostlib built in place of `flashmoe._core` and makes every engine open the
+backend named by METAL_CORE_BACKEND. With METAL_CORE_ROWS=1 only the row kernels run, which make a
+batch equal to its members bit for bit.
+"""
+
+import ctypes as C
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+import mslc
+
+C.CDLL(str(mslc.runtime("")), mode=C.RTLD_GLOBAL)
+os.environ["FAKE_METAL_COMPILE"] = f"{sys.executable} {mslc.HERE / 'mslc.py'} --embedded"
+path = os.environ["METAL_CORE_PATH"]
+spec = importlib.util.spec_from_file_location("flashmoe._core", path)
+core = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(core)
+sys.modules["flashmoe._core"] = core
+if os.environ.get("METAL_CORE_ROWS"):
+    tune = (C.c_int * 3).in_dll(C.CDLL(path), "fm_metal_tune")
+    tune[:] = [2**31 - 1] * 3
+
+Plain = core.Engine
+backend = os.environ.get("METAL_CORE_BACKEND", "metal")
+
+
+class Engine(Plain):
+    def __init__(self, desc, opts):
+        super().__init__(desc, {"backend": backend, **opts})
+
+
+core.Engine = Engine
