@@ -308,8 +308,6 @@ class Engine:
         with self.owner.exclusive() as core:
             return {**core.info, **self._identity()}
 
-    # ---- end ----
-
     def close(self) -> None:
         """Cancel what runs, free everything; closing twice is fine."""
         self.owner.close()
@@ -335,6 +333,7 @@ class Engine:
             "model": self.plan.model,
             "experts_per_token": self.plan.experts_per_token,
             "trained_experts_per_token": self.plan.trained_experts_per_token,
+            "numeric": self.plan.numeric,
         }
 
     def _prompt_ids(

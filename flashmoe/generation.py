@@ -238,7 +238,8 @@ class Generation:
     """A finished generation; ``str()`` is its text.
 
     ``token_ids`` and ``usage`` do not count the end token.  ``experts_per_token`` is what ran,
-    ``trained_experts_per_token`` what the checkpoint was trained with.
+    ``trained_experts_per_token`` what the checkpoint was trained with; ``numeric`` is "exact", or
+    "fast" if activations were rounded.
     """
 
     text: str
@@ -252,6 +253,7 @@ class Generation:
     model: str
     experts_per_token: int
     trained_experts_per_token: int
+    numeric: str
 
     def __str__(self) -> str:
         return self.text

@@ -82,6 +82,7 @@ class MemoryPlan:
     model: str
     arch: str
     backend: str
+    numeric: str
     n_threads: int
     experts_per_token: int
     trained_experts_per_token: int
@@ -137,7 +138,8 @@ class MemoryPlan:
         experts = f"{k} experts per token" + ("" if k == trained else f" (trained with {trained})")
         if not trained:
             experts = "dense"
-        return f"{self.model}: {self.arch}, {experts}, {self.backend}, {self.n_threads} threads"
+        backend = self.backend if self.numeric == "exact" else f"{self.backend} ({self.numeric})"
+        return f"{self.model}: {self.arch}, {experts}, {backend}, {self.n_threads} threads"
 
     def __str__(self) -> str:
         lines = [f"  {what:<13}{size:>12}  {remark}" for what, size, remark in self.rows()]

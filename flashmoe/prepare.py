@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["Prepared", "expert_format", "prepare"]
 
 CONTEXT = 4096
-BACKENDS = ("cpu",)
 NUMERICS = ("exact", "fast")
 
 
@@ -76,7 +75,7 @@ def prepare(
 
     methods = [m for m in _core.io_methods() if m != "fault"]
     _choice("io", io, ("auto", "direct", *methods))
-    _choice("backend", backend, ("auto", *BACKENDS))
+    _choice("backend", backend, ("auto", *_core.backends()))
     _choice("numeric", numeric, NUMERICS)
     _choice("cache_policy", cache_policy, tuple(_core.cache_policies()))
     n_threads = cpu_count() if threads is None else _integer("threads", threads, 1, 4096)
@@ -118,6 +117,7 @@ def prepare(
             "model": name or str(directory),
             "arch": f"{desc.arch} {expert_format(desc)}",
             "backend": opts["backend"],
+            "numeric": numeric,
             "n_threads": n_threads,
             "experts_per_token": k,
             "trained_experts_per_token": trained,

@@ -150,6 +150,7 @@ def make_core(**attributes):
         crc32c=crc32c,
         io_methods=lambda: ["pread", "fault"],
         cache_policies=lambda: ["lru", "clock", "lfu"],
+        backends=lambda: ["cpu", "metal"],
         cpu_variants=lambda: ["ref"],
         cpu_variant=lambda: "ref",
         quant_formats=lambda: ["f32"],

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import mmap
 import os
 import platform
-import random
-import sys
 import tempfile
-import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +17,7 @@ __all__ = ["doctor"]
 
 _FILE_BYTES = 64 << 20
 _READ_BYTES = 1 << 20
-_N_READERS = 4
+_DEPTH = 8
 
 
 def doctor(
@@ -57,7 +52,6 @@ def _facts(folder: Path) -> dict[str, Any]:
     from flashmoe import _core
     from flashmoe.memory import format_bytes
     from flashmoe.models import default_model
-    from flashmoe.prepare import BACKENDS
     from flashmoe.system import available_bytes, cpu_count
 
     free, source = available_bytes()
@@ -67,7 +61,7 @@ def _facts(folder: Path) -> dict[str, Any]:
         "machine": f"{platform.system()} {platform.machine()}, {cpu_count()} CPUs for this process",
         "cpu_variants": _core.cpu_variants(),
         "cpu_variant": _core.cpu_variant(),
-        "backends": list(BACKENDS),
+        "backends": _core.backends(),
         "io_methods": [m for m in _core.io_methods() if m != "fault"],
         "formats": _core.quant_formats(),
         "free_memory": f"{format_bytes(free)} ({source})",
@@ -80,7 +74,11 @@ def _facts(folder: Path) -> dict[str, Any]:
 
 
 def _read_speed(folder: Path) -> str:
-    """Return GB/s of random 1 MiB reads by 4 threads around the page cache, in words."""
+    """Return GB/s of random 1 MiB reads per direct method, in words."""
+    from flashmoe import _core
+    from flashmoe.errors import FlashMoeError
+
+    speeds = []
     try:
         with tempfile.NamedTemporaryFile(dir=folder, prefix="flashmoe-doctor-") as f:
             block = os.urandom(_READ_BYTES)
@@ -88,28 +86,14 @@ def _read_speed(folder: Path) -> str:
                 f.write(block)
             f.flush()
             os.fsync(f.fileno())
-            return f"{_measure(f.name):.2f} GB/s in {folder} (random 1 MiB reads, direct)"
+            for method in ("pread", "uring"):
+                if method not in _core.io_methods():
+                    continue
+                try:
+                    probe = _core.io_probe([f.name], method, True, _READ_BYTES, _DEPTH)
+                    speeds.append(f"{method} {probe['gb_per_s']:.2f} GB/s")
+                except FlashMoeError as e:
+                    speeds.append(f"{method} refused ({e})")
     except OSError as e:
         return f"not measured in {folder}: {e.strerror}"
-
-
-def _measure(path: str) -> float:
-    fd = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0))
-    try:
-        if sys.platform == "darwin":
-            import fcntl
-
-            fcntl.fcntl(fd, 48, 1)  # F_NOCACHE
-        offsets = list(range(0, _FILE_BYTES, _READ_BYTES))
-        random.Random(0).shuffle(offsets)
-
-        def read(part: list[int]) -> int:
-            with mmap.mmap(-1, _READ_BYTES) as buffer:  # page-aligned, as direct reads want
-                return sum(os.preadv(fd, [buffer], offset) for offset in part)
-
-        started = time.perf_counter()
-        with ThreadPoolExecutor(_N_READERS) as pool:
-            n_bytes = sum(pool.map(read, [offsets[i::_N_READERS] for i in range(_N_READERS)]))
-        return n_bytes / (time.perf_counter() - started) / 1e9
-    finally:
-        os.close(fd)
+    return f"{', '.join(speeds)} (random 1 MiB reads, direct, in {folder})"

@@ -84,25 +84,17 @@ def generate(
     threads: opt.Threads = None,
     context: opt.Context = None,
     experts_per_token: opt.ExpertsPerToken = None,
+    prefill_chunk: opt.PrefillChunk = None,
     backend: opt.Backend = "auto",
+    numeric: opt.Numeric = "exact",
+    lookahead: opt.Lookahead = 0,
+    cache_policy: opt.CachePolicy = "lru",
     json: opt.Json = False,
     quiet: opt.Quiet = False,
 ) -> None:
     """Continue a prompt, or answer it.  Text on stdout; plan, progress and speed on stderr."""
-    given = {
-        "max_tokens": max_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-        "presence_penalty": presence_penalty,
-        "frequency_penalty": frequency_penalty,
-        "stop": stop,
-        "seed": seed,
-        "logprobs": logprobs,
-    }
-    sampling = {name: value for name, value in given.items() if value is not None}
+    given = dict(locals())  # the arguments, by name
+    sampling = {name: given[name] for name in _DEFAULT if given.get(name) is not None}
     SamplingConfig.from_options(sampling)  # refuse before anything is loaded
     model, text = _model_and_prompt(model_or_prompt, prompt)
     console = opt.stderr(quiet)
@@ -119,7 +111,11 @@ def generate(
         io=io,
         threads=threads,
         context=context,
+        prefill_chunk=prefill_chunk,
         backend=backend,
+        numeric=numeric,
+        lookahead=lookahead,
+        cache_policy=cache_policy,
         on_plan=show_plan,
     ) as engine:
         as_chat = _wants_chat(engine, chat, system, think)
@@ -130,7 +126,7 @@ def generate(
             console,
             messages if as_chat else text,
             {} if think is None else {"template_options": {"enable_thinking": think}},
-            {**sampling, "ignore_eos": ignore_eos},
+            sampling,
             echo=not json,
         )
         from flashmoe.cli.report import summary, to_json

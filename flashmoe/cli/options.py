@@ -11,11 +11,15 @@ from rich.console import Console
 
 __all__ = [
     "Backend",
+    "CachePolicy",
     "Context",
     "ExpertsPerToken",
     "Io",
     "Json",
+    "Lookahead",
     "Memory",
+    "Numeric",
+    "PrefillChunk",
     "Quiet",
     "Threads",
     "print_json",
@@ -28,7 +32,24 @@ Memory = Annotated[
         help="Budget for the whole process, e.g. 8GiB. (default: what is free)", show_default=False
     ),
 ]
-Io = Annotated[str, typer.Option(help="auto, direct, or a buffered method such as pread.")]
+Io = Annotated[
+    str,
+    typer.Option(help="auto; direct or uring, around the page cache; pread or mmap, through it."),
+]
+Numeric = Annotated[
+    str, typer.Option(help="exact, or fast: activations rounded to int8 in quantised products.")
+]
+Lookahead = Annotated[
+    int, typer.Option(help="Experts per token read on a guess for the next layer.")
+]
+CachePolicy = Annotated[str, typer.Option(help="Who leaves the expert slots: lru, clock or lfu.")]
+PrefillChunk = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens per forward while reading the prompt. (default: 512, less if memory is tight)",
+        show_default=False,
+    ),
+]
 Threads = Annotated[
     int | None, typer.Option(help="Compute threads. (default: all CPUs)", show_default=False)
 ]
@@ -47,7 +68,7 @@ ExpertsPerToken = Annotated[
         show_default=False,
     ),
 ]
-Backend = Annotated[str, typer.Option(help="auto or cpu.")]
+Backend = Annotated[str, typer.Option(help="auto, cpu or metal.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr but errors.")]
 

@@ -32,6 +32,8 @@ def summary(plan: MemoryPlan, pieces: Sequence[Piece], stats: Mapping[str, Any])
     if trained:
         parts.append(f"K={k}" + ("" if k == trained else f" (trained {trained})"))
     parts.append(plan.arch)
+    if plan.numeric != "exact":
+        parts.append(f"numeric {plan.numeric}")
     parts.append(f"read {format_bytes(int(stats.get('bytes_read', 0)))}")
     rate = hit_rate(stats)
     if rate is not None:
@@ -69,6 +71,7 @@ def to_json(plan: MemoryPlan, pieces: Sequence[Piece], stats: Mapping[str, Any])
         "logprobs": logprobs or None,
         "experts_per_token": plan.experts_per_token,
         "trained_experts_per_token": plan.trained_experts_per_token,
+        "numeric": plan.numeric,
         "plan": plan_to_json(plan),
         "stats": dict(stats),
     }
