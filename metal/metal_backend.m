@@ -81,7 +81,7 @@ static fm_status op_find_nonfinite(fm_backend *b, const float *x, int64_t n, int
 
 /* ---- memory and commands -------------------------------------------------------------------------- */
 
-static fm_caps caps(const fm_backend *b)
+static fm_caps op_caps(const fm_backend *b)
 {
     const fm_caps out = {
         .unified_memory = true,
@@ -91,7 +91,7 @@ static fm_caps caps(const fm_backend *b)
     return out;
 }
 
-static fm_status alloc(fm_backend *b, size_t bytes, fm_usage usage, void **out)
+static fm_status op_alloc(fm_backend *b, size_t bytes, fm_usage usage, void **out)
 {
     (void)usage; /* unified memory: one kind for all */
     fm_status status;
@@ -101,7 +101,7 @@ static fm_status alloc(fm_backend *b, size_t bytes, fm_usage usage, void **out)
     return status;
 }
 
-static void release(fm_backend *b, void *p, size_t bytes, fm_usage usage)
+static void op_free(fm_backend *b, void *p, size_t bytes, fm_usage usage)
 {
     (void)bytes;
     (void)usage;
@@ -110,21 +110,21 @@ static void release(fm_backend *b, void *p, size_t bytes, fm_usage usage)
     }
 }
 
-static fm_status begin(fm_backend *b)
+static fm_status op_begin(fm_backend *b)
 {
     if (((fm_metal *)b)->lost)
         return fm_fail(FM_ERR_STATE, "backend 'metal': the device failed before; reopen the engine");
     return FM_OK; /* the first op opens the command buffer */
 }
 
-static void flush(fm_backend *b)
+static void op_flush(fm_backend *b)
 {
     @autoreleasepool {
         fm_metal_flush((fm_metal *)b);
     }
 }
 
-static fm_status sync(fm_backend *b)
+static fm_status op_sync(fm_backend *b)
 {
     fm_status status;
     @autoreleasepool {
@@ -133,7 +133,7 @@ static fm_status sync(fm_backend *b)
     return status;
 }
 
-static void close(fm_backend *b)
+static void op_close(fm_backend *b)
 {
     fm_metal *m = (fm_metal *)b;
     @autoreleasepool {
@@ -146,13 +146,13 @@ static void close(fm_backend *b)
 static const fm_backend_vtable metal_vtable = {
     .version = FM_BACKEND_VERSION,
     .name = "metal",
-    .close = close,
-    .caps = caps,
-    .alloc = alloc,
-    .free = release,
-    .begin = begin,
-    .flush = flush,
-    .sync = sync,
+    .close = op_close,
+    .caps = op_caps,
+    .alloc = op_alloc,
+    .free = op_free,
+    .begin = op_begin,
+    .flush = op_flush,
+    .sync = op_sync,
     .embed = op_embed,
     .rmsnorm = op_rmsnorm,
     .matmul = op_matmul,
@@ -184,7 +184,7 @@ fm_status fm_backend_open_metal(const fm_backend_opts *opts, fm_backend **out)
             status = fm_metal_pipelines_open(m);
     }
     if (status != FM_OK) {
-        close(&m->base);
+        op_close(&m->base);
         return status;
     }
     *out = &m->base;

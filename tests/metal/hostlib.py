@@ -61,8 +61,8 @@ def sources():
 
 def compile_object(path, san, text=None):
     """One object file, cached by its preprocessed text."""
-    include = ["-I", mslc.REPO / "csrc", "-I", mslc.REPO / "metal", "-I", FAKE / "include",
-               "-I", FAKE, "-I", mslc.HERE / "runtime"]  # fmt: skip
+    include = ["-I", mslc.REPO / "csrc", "-I", mslc.REPO / "metal", "-I", FAKE / "api", "-I",
+               FAKE / "include", "-I", FAKE, "-I", mslc.HERE / "runtime"]  # fmt: skip
     flags = [mslc.CC, "-std=gnu11", "-O1", "-g", "-fPIC", "-DFM_HAVE_METAL", '-DFM_VERSION="test"']
     if str(path).endswith(".m"):
         flags += [*OBJC_FLAGS, *gnustep()[0], *WARNINGS]
