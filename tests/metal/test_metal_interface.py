@@ -32,7 +32,9 @@ def objc_type(text):
     if "(^)" in text:
         return "block"
     text = re.sub(r"id<(\w+)>", r"\1 *", text)
-    base, stars = re.match(r"(\w+)\s*(\**)$", re.sub(r"\s+", " ", text).replace("* *", "**")).groups()
+    base, stars = re.match(
+        r"(\w+)\s*(\**)$", re.sub(r"\s+", " ", text).replace("* *", "**")
+    ).groups()
     base = {"BOOL": "bool", "uint64_t": "uint64_t", "MTLCommandBufferHandler": "block"}.get(
         base, re.sub(r"^(NS|MTL)", "", base)
     )
@@ -93,13 +95,19 @@ def methods():
     bridge = (METAL_CPP / "Metal" / "MTLHeaderBridge.hpp").read_text()
     selectors = dict(re.findall(r'_MTL_PRIVATE_DEF_SEL\(\s*(\w+)\s*,\s*"([^"]+)"', bridge))
     out = {}
-    for path in sorted((METAL_CPP / "Metal").glob("MTL*.hpp")):
+    files = sorted((METAL_CPP / "Metal").glob("MTL*.hpp"))
+    plain = dict(re.findall(r"using (\w+) = (uint\d+_t);", "".join(p.read_text() for p in files)))
+    for path in files:
         for kind, cls, params, body in re.findall(
             r"_MTL_INLINE ([^\n{;]+?)\s*MTL::(\w+)::\w+\(([^\n]*)\)(?: const)?\n\{(.*?)\n\}",
             path.read_text(), re.S):  # fmt: skip
-            sent = re.search(r"sendMessage(?:Safe)?<.*?>\(\s*this,\s*_MTL_PRIVATE_SEL\((\w+)\)", body)
+            sent = re.search(
+                r"sendMessage(?:Safe)?<.*?>\(\s*this,\s*_MTL_PRIVATE_SEL\((\w+)\)", body
+            )
             if sent and sent.group(1) in selectors and "function" not in params:
-                made = (cpp_type(kind), [cpp_param(p) for p in split_params(params)])
+                types = [cpp_type(kind), *(cpp_param(p) for p in split_params(params))]
+                types = [plain.get(t, t) for t in types]
+                made = (types[0], types[1:])
                 out.setdefault((cls, selectors[sent.group(1)]), []).append(made)
     return out
 
@@ -124,7 +132,9 @@ def test_every_constant_is_published():
     for name, value in declared_values().items():
         found = re.findall(rf"\b{name[3:]} = ([^,\n]+),", text)
         assert found, name
-        assert value in [eval(f, {"__builtins__": {}}) for f in found if re.match(r"[\d <]+$", f)], name
+        assert value in [
+            eval(f, {"__builtins__": {}}) for f in found if re.match(r"[\d <]+$", f)
+        ], name
 
 
 @published
