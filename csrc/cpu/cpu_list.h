@@ -2,4 +2,5 @@
 #define FM_CPU_LIST(X)                                                                             \
     X(ref)                                                                                         \
     X(avx2)                                                                                        \
-    X(avx512)
+    X(avx512)                                                                                      \
+    X(amx)

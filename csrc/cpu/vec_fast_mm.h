@@ -189,7 +189,9 @@ FAST_FEW(p2, 2)
 FAST_FEW(p4, 4)
 
 #ifndef FAST_TILES
-#define FAST_TILES fast_tiles /* a variant with matrix tiles puts its own here */
+/* A variant with matrix units puts its own function for n >= FAST_TILES_MIN here. */
+#define FAST_TILES fast_tiles
+enum { FAST_TILES_MIN = FAST_MAX_T + 1 };
 #endif
 
 #define FAST_MATMUL(name, few)                                                                     \
@@ -197,8 +199,10 @@ FAST_FEW(p4, 4)
     {                                                                                              \
         if (r0 >= r1)                                                                              \
             return;                                                                                \
-        if (n > FAST_MAX_T)                                                                        \
+        if (n >= FAST_TILES_MIN)                                                                   \
             FAST_TILES(W, a, n, y, ldy, r0, r1);                                                   \
+        else if (n > FAST_MAX_T)                                                                   \
+            fast_tiles(W, a, n, y, ldy, r0, r1);                                                   \
         else                                                                                       \
             fast_few_##few(W, a, n, y, ldy, r0, r1);                                               \
     }

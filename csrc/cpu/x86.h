@@ -13,6 +13,13 @@ static inline bool fm_x86_has_f16c(void)
     unsigned a, b, c, d;
     return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) != 0;
 }
+
+/* AMX tiles with int8 products. The OS must grant them too (Linux: per process, on request). */
+static inline bool fm_x86_has_amx_int8(void)
+{
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 3) == 3;
+}
 #endif
 
 #endif
