@@ -14,15 +14,18 @@ from typing import Annotated, Any
 import typer
 
 from flashmoe import __version__
+from flashmoe.cli.bench import bench
 from flashmoe.cli.doctor import doctor
 from flashmoe.cli.generate import generate
 from flashmoe.cli.inspect import inspect
 from flashmoe.cli.pack import pack
+from flashmoe.cli.plan import plan
+from flashmoe.cli.trace import trace
 from flashmoe.errors import FlashMoeError
 
 __all__ = ["app", "main"]
 
-_COMMANDS: tuple[Callable[..., Any], ...] = (generate, inspect, pack, doctor)
+_COMMANDS: tuple[Callable[..., Any], ...] = (generate, inspect, pack, bench, plan, doctor)
 
 app = typer.Typer(
     name="flashmoe",
@@ -34,6 +37,7 @@ app = typer.Typer(
 )
 for _command in _COMMANDS:
     app.command(_command.__name__)(_command)
+app.add_typer(trace)
 
 
 def _show_version(value: bool) -> None:
