@@ -52,7 +52,8 @@ class Engine:
     backend : str
         ``"auto"`` or ``"cpu"``.
     prefill_chunk : int or None
-        Tokens per forward while reading a prompt; None is 512, or less when memory is tight.
+        Tokens per forward while reading a prompt; None is 512, less when memory is tight, more
+        (up to 4096) where experts are streamed and memory allows.
     numeric : str
         ``"exact"``: float32 activations.  ``"fast"``: activations rounded to int8 in blocks in
         products with quantised weights (``docs/kernels.md`` states the error).

@@ -24,6 +24,7 @@ MARGIN_BYTES = 32 << 20
 """For what grows after planning: thread stacks, Python objects, the allocator's slack."""
 PREFILL_CHUNK = 512
 PREFILL_CHUNK_MIN = 16
+PREFILL_CHUNK_MAX = 4096
 DIRECT = ("direct", "uring")
 """Values of ``io=`` that read around the page cache."""
 
@@ -180,7 +181,8 @@ def plan_memory(
     memory : int, str or None
         Budget [bytes] of the whole process; None takes what is free now, less some head-room.
     prefill_chunk : int or None
-        Rows per forward; None takes 512, or less if memory is tight.
+        Rows per forward; None takes 512, less if memory is tight, and up to 4096 where experts are
+        streamed and the scratch stays small beside the slots.
     io : str
         ``"auto"``, ``"direct"`` or the name of a buffered method.
     direct_refused : str or None
@@ -217,15 +219,27 @@ def plan_memory(
 
     core, fixed = sizes(chunk)
 
-    def is_tight() -> bool:
-        smallest = fixed + core["n_slots_min"] * core["slot_bytes"]
+    def streams(core: Mapping[str, int], fixed: int, share: int) -> bool:
+        """Whether experts are read, and scratch takes more than 1/share of what slots could."""
         left = budget - (fixed - core["scratch_bytes"])
         resident = fixed + core["n_experts_total"] * core["slot_bytes"] <= budget
-        return smallest > budget or (not resident and core["scratch_bytes"] > left // 4)
+        return not resident and core["scratch_bytes"] > left // share
+
+    def is_tight() -> bool:
+        smallest = fixed + core["n_slots_min"] * core["slot_bytes"]
+        return smallest > budget or streams(core, fixed, 4)
 
     while prefill_chunk is None and chunk > PREFILL_CHUNK_MIN and is_tight():
         chunk = max(chunk // 2, PREFILL_CHUNK_MIN)
         core, fixed = sizes(chunk)
+    # A chunk reads nearly every expert once, so a long prompt wants few chunks: grow while it is
+    # cheap beside the slots, and only where experts are read at all.
+    while prefill_chunk is None and PREFILL_CHUNK <= chunk < min(PREFILL_CHUNK_MAX, context):
+        larger = min(2 * chunk, PREFILL_CHUNK_MAX, context)
+        core_larger, fixed_larger = sizes(larger)
+        if not streams(core_larger, fixed_larger, 1 << 30) or streams(core_larger, fixed_larger, 16):
+            break
+        chunk, core, fixed = larger, core_larger, fixed_larger
 
     slot, n_experts, n_min = core["slot_bytes"], core["n_experts_total"], core["n_slots_min"]
     if fixed + n_min * slot > budget:

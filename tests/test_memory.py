@@ -118,6 +118,12 @@ def test_prefill_chunk_shrinks_when_memory_is_tight():
     assert plan("4GiB", prefill_chunk=10**6).prefill_chunk == 4096  # the context
 
 
+def test_prefill_chunk_grows_where_experts_are_streamed():
+    assert plan("5GiB", io="direct").prefill_chunk == 1024  # 256 MiB of scratch; 512 would be > 1/16
+    assert plan("5GiB", io="direct", prefill_chunk=512).prefill_chunk == 512
+    assert plan("16GiB", free=32 * GIB).prefill_chunk == 512  # all experts resident
+
+
 def test_default_budget_leaves_head_room():
     p = plan(free=8 * GIB)
     assert p.budget_bytes == 50 * MIB + 7 * GIB
