@@ -219,15 +219,17 @@ def plan_memory(
 
     core, fixed = sizes(chunk)
 
-    def streams(core: Mapping[str, int], fixed: int, share: int) -> bool:
-        """Whether experts are read, and scratch takes more than 1/share of what slots could."""
-        left = budget - (fixed - core["scratch_bytes"])
-        resident = fixed + core["n_experts_total"] * core["slot_bytes"] <= budget
-        return not resident and core["scratch_bytes"] > left // share
+    def is_resident(core: Mapping[str, int], fixed: int) -> bool:
+        return fixed + core["n_experts_total"] * core["slot_bytes"] <= budget
+
+    def scratch_share(core: Mapping[str, int], fixed: int) -> float:
+        """Scratch as a part of what it and the slots share."""
+        return core["scratch_bytes"] / max(budget - (fixed - core["scratch_bytes"]), 1)
 
     def is_tight() -> bool:
-        smallest = fixed + core["n_slots_min"] * core["slot_bytes"]
-        return smallest > budget or streams(core, fixed, 4)
+        if fixed + core["n_slots_min"] * core["slot_bytes"] > budget:
+            return True
+        return not is_resident(core, fixed) and scratch_share(core, fixed) > 1 / 4
 
     while prefill_chunk is None and chunk > PREFILL_CHUNK_MIN and is_tight():
         chunk = max(chunk // 2, PREFILL_CHUNK_MIN)
@@ -237,7 +239,7 @@ def plan_memory(
     while prefill_chunk is None and PREFILL_CHUNK <= chunk < min(PREFILL_CHUNK_MAX, context):
         larger = min(2 * chunk, PREFILL_CHUNK_MAX, context)
         core_larger, fixed_larger = sizes(larger)
-        if not streams(core_larger, fixed_larger, 1 << 30) or streams(core_larger, fixed_larger, 16):
+        if is_resident(core, fixed) or scratch_share(core_larger, fixed_larger) > 1 / 16:
             break
         chunk, core, fixed = larger, core_larger, fixed_larger
 
