@@ -60,10 +60,12 @@ def bench(
     cache_policy: Annotated[
         str | None, typer.Option(help="lru, clock, lfu, or several: a,b.", show_default=False)
     ] = None,
-    experts_per_token: opt.ExpertsPerToken = None,
-    prefill_chunk: Annotated[
-        int | None, typer.Option(help="Prompt tokens per forward.", show_default=False)
+    numeric: Annotated[
+        str | None, typer.Option(help="exact, fast, or both: exact,fast.", show_default=False)
     ] = None,
+    backend: opt.Backend = "auto",
+    experts_per_token: opt.ExpertsPerToken = None,
+    prefill_chunk: opt.PrefillChunk = None,
     core: Annotated[
         list[str] | None,
         typer.Option(
@@ -108,11 +110,19 @@ def bench(
     console = opt.stderr(quiet)
     work = Work(prompt_tokens, gen, repeat, feed, seed, roof)
     settings = settings_of(
-        _list(memory, "memory", str), io.split(","), _list(threads, "threads", int),
-        _list(lookahead, "lookahead", int), _list(cache_policy, "cache-policy", str),
-        core=dict(_pair(p) for p in core or ()), experts_per_token=experts_per_token,
+        _list(memory, "memory", str),
+        io.split(","),
+        _list(threads, "threads", int),
+        _list(lookahead, "lookahead", int),
+        _list(cache_policy, "cache-policy", str),
+        _list(numeric, "numeric", str),
+        core={
+            "backend": None if backend == "auto" else backend,
+            **dict(_pair(p) for p in core or ()),
+        },
+        experts_per_token=experts_per_token,
         prefill_chunk=prefill_chunk,
-    )  # fmt: skip
+    )
     results = []
     for result in measure(model, settings, work, console.print):
         results.append(result)

@@ -13,6 +13,7 @@ import itertools
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from inspect import signature
 from typing import Any
 
 from flashmoe.perf.machine import (
@@ -24,6 +25,7 @@ from flashmoe.perf.machine import (
 from flashmoe.perf.predict import ceiling
 from flashmoe.perf.roof import measure_roof
 from flashmoe.perf.runner import PHASES, Measured, Runner, random_ids
+from flashmoe.prepare import prepare
 
 __all__ = ["Setting", "Work", "bench", "open_runner", "settings_of", "spread"]
 
@@ -53,7 +55,7 @@ class Setting:
     threads: int | None = None
     experts_per_token: int | None = None
     prefill_chunk: int | None = None
-    core: Mapping[str, Any] = field(default_factory=dict)  # cache_policy, lookahead, ...
+    core: Mapping[str, Any] = field(default_factory=dict)  # of prepare, or of the core itself
 
     def label(self) -> str:
         """Return what is set, in a few words."""
@@ -70,13 +72,17 @@ def settings_of(
     threads: Sequence[int | None] = (None,),
     lookahead: Sequence[int | None] = (None,),
     cache_policy: Sequence[str | None] = (None,),
+    numeric: Sequence[str | None] = (None,),
     core: Mapping[str, Any] | None = None,
     **same: Any,
 ) -> list[Setting]:
     """Return every combination, the first of each list first; `core` is common to all."""
     return [
-        Setting(m, i, t, core={"lookahead": n, "cache_policy": p, **(core or {})}, **same)
-        for p, n, t, i, m in itertools.product(cache_policy, lookahead, threads, io, memory)
+        Setting(m, i, t, core={"lookahead": n, "cache_policy": p, "numeric": x, **(core or {})},
+                **same)
+        for x, p, n, t, i, m in itertools.product(
+            numeric, cache_policy, lookahead, threads, io, memory
+        )
     ]
 
 
@@ -138,7 +144,8 @@ def _measure_setting(
         n_moe = len(runner.prepared.desc.experts)
     roof = None
     if work.roof and files:
-        roof = measure_roof(files, record, seconds=work.roof_seconds,
+        method = info["io_method"] if plan.io_direct else "pread"
+        roof = measure_roof(files, record, seconds=work.roof_seconds, method=method,
                             drain_seconds=3 * work.roof_seconds, seed=work.seed)  # fmt: skip
         say("  device: " + (f"{roof['gb_per_s']:.3f} GB/s at {roof['depth']} reads in flight"
                             if roof["gb_per_s"] else roof["reason"]))  # fmt: skip
@@ -148,6 +155,7 @@ def _measure_setting(
         "bench": "flashmoe", "model": plan.model, "arch": plan.arch,
         "experts_per_token": plan.experts_per_token,
         "trained_experts_per_token": plan.trained_experts_per_token,
+        "numeric": plan.numeric, "backend": plan.backend,
         "setting": setting.label(), "memory": setting.memory, "io": info["io_method"],
         "io_direct": plan.io_direct, "n_threads": info["n_threads"], "options": opts,
         "n_slots": info["n_slots"], "n_experts": plan.n_experts,
@@ -170,17 +178,19 @@ def _measure_setting(
 
 def open_runner(model: str | None, setting: Setting, work: Work) -> Runner:
     """Return a runner that has room for the work, the files' cached pages dropped before."""
-    from flashmoe.prepare import prepare
+    from flashmoe.checkpoint import open_checkpoint
+    from flashmoe.models import default_model
 
-    context = work.prompt_tokens + work.gen_tokens + 1
-    options: dict[str, Any] = {
-        "memory": setting.memory, "io": setting.io, "threads": setting.threads,
-        "experts_per_token": setting.experts_per_token, "context": context,
-        "prefill_chunk": setting.prefill_chunk,
-    }  # fmt: skip
     # Before the plan: it measures what is free, and what earlier runs cached is not needed.
-    drop_page_cache(path for path, _ in prepare(model, **options).desc.files)
-    return Runner(model, setting.core, **options)
+    drop_page_cache(path for path, _ in open_checkpoint(model or default_model()).files)
+    given = {k: v for k, v in setting.core.items() if v is not None}
+    planned = {k: v for k, v in given.items() if k in signature(prepare).parameters}
+    core = {k: v for k, v in given.items() if k not in planned}
+    return Runner(
+        model, core, memory=setting.memory, io=setting.io, threads=setting.threads,
+        experts_per_token=setting.experts_per_token, prefill_chunk=setting.prefill_chunk,
+        context=work.prompt_tokens + work.gen_tokens + 1, **planned,
+    )  # fmt: skip
 
 
 def _run(runner: Runner, work: Work, number: int) -> Measured:

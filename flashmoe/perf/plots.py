@@ -69,7 +69,8 @@ def plot_bench(results: Sequence[Mapping[str, Any]], path: str | os.PathLike[str
     machine = first.get("machine", {})
     figure.suptitle(
         f"{first['model']}: {first['arch']}, K={k}" + ("" if k == trained else f" of {trained}")
-        + f"\n{machine.get('cpu', '')}, commit {machine.get('commit')}, {machine.get('date', '')}",
+        + f", {first['numeric']}\n{machine.get('cpu', '')}, commit {machine.get('commit')}, "
+        + machine.get("date", ""),
         fontsize=9,
     )  # fmt: skip
     _save(figure, path)

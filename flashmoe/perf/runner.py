@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flashmoe import _core
-from flashmoe.errors import ArgumentError, UnsupportedError
+from flashmoe.errors import UnsupportedError
 from flashmoe.memory import MemoryPlan
 from flashmoe.prepare import prepare
 
@@ -48,7 +48,7 @@ class Runner:
     model : str
         Checkpoint directory.
     core_opts : mapping
-        Options of the core on top of the plan's, such as ``cache_policy`` and ``lookahead``.
+        Options of the core on top of the plan's, such as ``n_slots``.
     **options
         Of :func:`flashmoe.prepare.prepare`.
     """
@@ -58,8 +58,6 @@ class Runner:
     ) -> None:
         prepared = prepare(model, **options)
         extra = {k: v for k, v in (core_opts or {}).items() if v is not None}
-        if prepared.desc.experts:
-            _check_policy(extra.get("cache_policy"))
         began = time.perf_counter()
         try:
             self.core = _core.Engine(prepared.core_desc, {**prepared.core_opts(), **extra})
@@ -145,13 +143,6 @@ class Runner:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
-
-
-def _check_policy(name: Any) -> None:
-    if name is not None and name not in _core.cache_policies():
-        raise ArgumentError(
-            f"cache policy {name!r}; there are: {', '.join(_core.cache_policies())}"
-        )
 
 
 def random_ids(vocab_size: int, n: int, *seed: int) -> Ids:

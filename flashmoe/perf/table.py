@@ -18,7 +18,8 @@ def print_table(results: Sequence[Mapping[str, Any]]) -> None:
     machine = first["machine"]
     title = (
         f"{first['model']}: {first['arch']}, K={k}" + ("" if k == trained else f" of {trained}")
-        + f", {machine['cpu']}, {machine['n_cpus']} CPUs, commit {machine['commit']}"
+        + f", {first['numeric']}, {first['backend']}, {machine['cpu']}, "
+        + f"{machine['n_cpus']} CPUs, commit {machine['commit']}"
     )  # fmt: skip
     table = Table(title=title, title_justify="left", box=None)
     table.add_column("", style="bold")
