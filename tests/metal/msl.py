@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import ctypes as C
 import functools
+import json
 import os
+from pathlib import Path
 
 import mslc
 import numpy as np
@@ -84,11 +86,21 @@ def order(name):
             os.environ["MSL_ORDER"] = before
 
 
+def library(name):
+    """The compiled kernels of metal/kernels/NAME.metal: for the CPU, or with MSL_CUDA for a GPU."""
+    if "MSL_CUDA" in os.environ:
+        import msl_cuda
+
+        return msl_cuda.Library(name)
+    return Library(mslc.KERNELS / f"{name}.metal")
+
+
 class Library:
     """A compiled .metal file. `san` must be the sanitizer that this process runs under."""
 
     def __init__(self, path, san=None, defines=(), include_dirs=None):
         san = os.environ.get("MSL_SAN", "") if san is None else san
+        self.path = path
         self._rt = _runtime(san)
         self._so = C.CDLL(str(mslc.compile_run(path, san, defines, include_dirs)))
         self._so.msl_get_library.restype = C.POINTER(_Library)
@@ -123,6 +135,9 @@ class Library:
         fc : dict of str to value
             Function constants by name; all others are undefined and zero.
         """
+        if "MSL_CUDA_RECORD" in os.environ:  # which variants a GPU run of these tests will need
+            with open(os.environ["MSL_CUDA_RECORD"], "a") as f:
+                f.write(json.dumps([Path(self.path).stem, fc or {}]) + "\n")
         kernel = self._lib.contents.kernels[self._kernels[name]]
         d, stats, keep = _Dispatch(), Stats(), []
         d.tg[:] = _three(tg)

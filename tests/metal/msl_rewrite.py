@@ -323,7 +323,9 @@ class Rewriter:
         while i < len(self.tokens):
             t, line = self.tokens[i]
             if t.startswith("#") and not re.match(r"# \d", t):
-                i += 1  # a pragma: a hint for the GPU's compiler only
+                if self.mode == "cuda":  # a hint, for a GPU's compiler only
+                    out.append(t)
+                i += 1
                 continue
             if is_blank(t):
                 out.append(t)

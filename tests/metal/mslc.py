@@ -167,8 +167,9 @@ def compile_cuda(path, out, values=None, defines=(), include_dirs=None):
     cu.write_text(
         f"#define MSL_CUDA\n{begin}#include <metal_stdlib>\n{text}\n{cuda_entry(unit)}{end}"
     )
-    cmd = [*flags_common()[:5], "-x", "cuda", "--cuda-device-only", "--cuda-gpu-arch=sm_90"]
+    cmd = [*flags_common()[:6], "-x", "cuda", "--cuda-device-only", "--cuda-gpu-arch=sm_90"]
     cmd += ["-nocudainc", "-nocudalib", "--no-cuda-version-check", "-std=c++20", "-O3", "-w"]
+    cmd += ["-Wno-c++11-narrowing"]
     cmd += ["-Xclang", "-target-feature", "-Xclang", "+ptx80", "-Xclang", "-mlink-builtin-bitcode"]
     cmd += ["-Xclang", "/usr/local/cuda/nvvm/libdevice/libdevice.10.bc"]
     run_tool([*cmd, "-I", HERE / "runtime", "-S", "-o", out, cu], "compiling for CUDA")

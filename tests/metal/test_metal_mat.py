@@ -19,7 +19,7 @@ FMT = {"f32": 32, "f16": 16, "bf16": 17, **{f"affine{b}": b for b in (2, 3, 4, 5
 
 @functools.lru_cache(None)
 def lib(name):
-    return msl.Library(mslc.KERNELS / f"{name}.metal")
+    return msl.library(name)
 
 
 def constants(w, vec=0, gated=0):

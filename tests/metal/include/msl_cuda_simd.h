@@ -1,0 +1,124 @@
+// Barriers and simdgroup operations as warp operations: a simdgroup is a warp of 32 lanes.
+// Each operation names the lanes that are active when it runs (activemask); the kernels use them
+// under uniform control, where that is the whole warp.
+#ifndef MSL_CUDA_SIMD_H
+#define MSL_CUDA_SIMD_H
+namespace metal {
+#define MSL_DEV __attribute__((__device__))
+enum class mem_flags : unsigned { mem_none = 0, mem_device = 1, mem_threadgroup = 2 };
+MSL_DEV inline void threadgroup_barrier(mem_flags) { __syncthreads(); }
+MSL_DEV inline unsigned msl_active() {
+    unsigned m;
+    asm volatile("activemask.b32 %0;" : "=r"(m));
+    return m;
+}
+MSL_DEV inline void simdgroup_barrier(mem_flags) { __nvvm_bar_warp_sync(msl_active()); }
+MSL_DEV inline unsigned msl_laneid() { return __nvvm_read_ptx_sreg_laneid(); }
+
+template <class T> MSL_DEV inline T msl_shfl(T x, int src, unsigned m) {
+    static_assert(sizeof(T) <= 16, "");
+    constexpr int n = (sizeof(T) + 3) / 4;
+    unsigned w[n] = {};
+    __builtin_memcpy(w, &x, sizeof(T));
+    for (int i = 0; i < n; i++)
+        w[i] = __nvvm_shfl_sync_idx_i32(m, w[i], src, 31);
+    __builtin_memcpy(&x, w, sizeof(T));
+    return x;
+}
+// Butterfly over all lanes; with some lanes missing, one by one.
+#define MSL_REDUCE(name, op)                                                                       \
+    template <class T> MSL_DEV inline T name(T x) {                                                \
+        const unsigned m = msl_active();                                                           \
+        T a = x;                                                                                   \
+        if (m == ~0u) {                                                                            \
+            for (int s = 16; s; s >>= 1) {                                                         \
+                T b = msl_shfl(a, msl_laneid() ^ s, m);                                            \
+                a = (op);                                                                          \
+            }                                                                                      \
+            return a;                                                                              \
+        }                                                                                          \
+        bool first = true;                                                                         \
+        for (int l = 0; l < 32; l++)                                                               \
+            if (m >> l & 1) {                                                                      \
+                T b = msl_shfl(x, l, m);                                                           \
+                a = first ? b : (op);                                                              \
+                first = false;                                                                     \
+            }                                                                                      \
+        return a;                                                                                  \
+    }
+MSL_REDUCE(simd_sum, a + b)
+MSL_REDUCE(simd_max, a > b ? a : b)
+MSL_REDUCE(simd_min, a < b ? a : b)
+MSL_REDUCE(simd_or, a | b)
+MSL_REDUCE(simd_and, a & b)
+template <class T> MSL_DEV inline T simd_shuffle(T x, ushort l) {
+    return msl_shfl(x, l, msl_active());
+}
+template <class T> MSL_DEV inline T simd_broadcast(T x, ushort l) {
+    return msl_shfl(x, l, msl_active());
+}
+template <class T> MSL_DEV inline T simd_shuffle_xor(T x, ushort m) {
+    return msl_shfl(x, msl_laneid() ^ m, msl_active());
+}
+MSL_DEV inline bool simd_any(bool x) { return __nvvm_vote_any_sync(msl_active(), x); }
+MSL_DEV inline bool simd_all(bool x) { return __nvvm_vote_all_sync(msl_active(), x); }
+
+// simdgroup_matrix with the element layout of msl_simd_matrix.h; products in f32, not tensor cores.
+MSL_DEV inline void msl_mpos(unsigned lane, int &r, int &c) {
+    unsigned q = lane / 4;
+    r = (q & 4) + ((lane / 2) % 4);
+    c = (q & 2) * 2 + (lane % 2) * 2;
+}
+MSL_DEV inline int msl_mlane(int r, int c) { // inverse, for an even column
+    return ((r & 4) << 2) | ((c & 4) << 1) | ((r & 3) << 1) | ((c >> 1) & 1);
+}
+template <class T, int R, int C> struct simdgroup_matrix {
+    vec<T, 2> e;
+    simdgroup_matrix() = default;
+    MSL_DEV simdgroup_matrix(T d) {
+        int r, c;
+        msl_mpos(msl_laneid(), r, c);
+        e[0] = r == c ? d : (T)0;
+        e[1] = r == c + 1 ? d : (T)0;
+    }
+    MSL_DEV vec<T, 2> &thread_elements() { return e; }
+};
+typedef simdgroup_matrix<float, 8, 8> simdgroup_float8x8;
+typedef simdgroup_matrix<half, 8, 8> simdgroup_half8x8;
+template <class T>
+MSL_DEV inline void simdgroup_load(simdgroup_matrix<T, 8, 8> &d, const T *s, ulong stride = 8,
+                                   ulong2 o = ulong2{0, 0}, bool tr = false) {
+    int r, c;
+    msl_mpos(msl_laneid(), r, c);
+    s += o.y * stride + o.x;
+    d.e[0] = tr ? s[c * stride + r] : s[r * stride + c];
+    d.e[1] = tr ? s[(c + 1) * stride + r] : s[r * stride + c + 1];
+}
+template <class T>
+MSL_DEV inline void simdgroup_store(simdgroup_matrix<T, 8, 8> d, T *s, ulong stride = 8) {
+    int r, c;
+    msl_mpos(msl_laneid(), r, c);
+    s[r * stride + c] = d.e[0];
+    s[r * stride + c + 1] = d.e[1];
+}
+template <class D, class A, class B, class C>
+MSL_DEV inline void simdgroup_multiply_accumulate(simdgroup_matrix<D, 8, 8> &d,
+                                                  simdgroup_matrix<A, 8, 8> a,
+                                                  simdgroup_matrix<B, 8, 8> b,
+                                                  simdgroup_matrix<C, 8, 8> c) {
+    int r, cc;
+    msl_mpos(msl_laneid(), r, cc);
+    float s0 = c.e[0], s1 = c.e[1];
+    const unsigned m = msl_active();
+    for (int k = 0; k < 8; k += 2) {
+        vec<A, 2> av = msl_shfl(a.e, msl_mlane(r, k), m);
+        vec<B, 2> b0 = msl_shfl(b.e, msl_mlane(k, cc), m);
+        vec<B, 2> b1 = msl_shfl(b.e, msl_mlane(k + 1, cc), m);
+        s0 += (float)av[0] * (float)b0[0] + (float)av[1] * (float)b1[0];
+        s1 += (float)av[0] * (float)b0[1] + (float)av[1] * (float)b1[1];
+    }
+    d.e[0] = (D)s0;
+    d.e[1] = (D)s1;
+}
+} // namespace metal
+#endif
