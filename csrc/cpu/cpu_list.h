@@ -3,4 +3,6 @@
     X(ref)                                                                                         \
     X(avx2)                                                                                        \
     X(avx512)                                                                                      \
-    X(amx)
+    X(amx)                                                                                         \
+    X(neon)                                                                                        \
+    X(i8mm)

@@ -6,7 +6,7 @@
 
 #include "cpu/vec_types.h"
 
-/* Per ISA: vf_fma(a, b, c) = a*b + c in one rounding; vf_max (of two numbers); vf_sqrt; vf_round_i (to nearest even);
+/* Per ISA: vf_fma(a, b, c) = a*b + c in one rounding; vf_max (of two numbers); vf_round_i (to nearest even);
  * vi_dp(acc, u, s, wide): lane += sum of 4 products u8 * s8 (wide: u may be 64 or more; VI_DP_SPLITS tells whether it
  * matters); v_transpose(d): d[i] lane r <- d[r] lane i; vh_load_part, vu_load_part; vf_from_f16, vf_from_u8: VL numbers;
  * v_cut_make(bits), v_unpack: VB codes. */

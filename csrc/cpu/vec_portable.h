@@ -10,7 +10,6 @@
 
 FM_INLINE vf vf_fma(vf a, vf b, vf c) { return a * b + c; }
 FM_INLINE vf vf_max(vf a, vf b) { return vf_select(a > b, a, b); }
-FM_INLINE vf vf_sqrt(vf x) { return (vf){sqrtf(x[0]), sqrtf(x[1]), sqrtf(x[2]), sqrtf(x[3])}; }
 
 FM_INLINE vi vf_round_i(vf x)
 {

@@ -47,12 +47,23 @@ static inline float *test_rows(int64_t n, int64_t cols, int64_t ld, uint64_t *s)
     return x;
 }
 
-/* Calls fn for every supported variant but skips those that a filter on the command line does not name. */
-static inline int test_variants(void (*fn)(const fm_kernels *k, bool fast))
+static int test_n_names; /* variants named on the command line; none: all */
+static char **test_names;
+
+static inline bool test_wanted(const char *name)
+{
+    for (int i = 0; i < test_n_names; i++)
+        if (strcmp(test_names[i], name) == 0)
+            return true;
+    return test_n_names == 0;
+}
+
+/* Calls fn for every supported variant in both numeric modes; fast tells whether FAST's bound applies. */
+static inline void test_variants(void (*fn)(const fm_kernels *k, bool fast))
 {
     int n = 0;
     for (int i = 0; fm_kernels_name(i) != NULL; i++)
-        if (fm_kernels_supported(i))
+        if (fm_kernels_supported(i) && test_wanted(fm_kernels_name(i)))
             for (int m = 0; m < FM_NUMERIC_COUNT; m++) {
                 fm_kernels k;
                 const int before = harness_n_failed;
@@ -62,7 +73,7 @@ static inline int test_variants(void (*fn)(const fm_kernels *k, bool fast))
                     fprintf(stderr, "... in variant %s, mode %d\n", k.name, m);
                 n++;
             }
-    return n;
+    CHECK(n >= 2 + 2 * (test_n_names > 0 ? test_n_names - 1 : 0)); /* what is asked for must run */
 }
 
 #endif

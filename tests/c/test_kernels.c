@@ -238,8 +238,10 @@ static void affine_all(void) { test_variants(affine_formats); }
 static void independence_all(void) { test_variants(rows_are_independent); }
 static void odd_all(void) { test_variants(odd_numbers); }
 
-int main(void)
+int main(int argc, char **argv)
 {
+    test_n_names = argc - 1;
+    test_names = argv + 1;
     RUN(plain_all);
     RUN(affine_all);
     RUN(independence_all);

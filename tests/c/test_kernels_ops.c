@@ -364,8 +364,10 @@ ALL(attention)
 ALL(delta_net)
 ALL(routing)
 
-int main(void)
+int main(int argc, char **argv)
 {
+    test_n_names = argc - 1;
+    test_names = argv + 1;
     RUN(norms_and_gates_all);
     RUN(odd_gates_all);
     RUN(convolution_all);
