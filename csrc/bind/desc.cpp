@@ -48,7 +48,17 @@ std::string to_string(const py::handle &h, const char *what)
 {
     if (!py::isinstance<py::str>(h))
         fail(FM_ERR_FORMAT, std::string(what) + ": not a string: " + py::repr(h).cast<std::string>());
-    return h.cast<std::string>();
+    // As os.fsencode: a file name need not be UTF-8.
+    const py::object bytes =
+        py::reinterpret_steal<py::object>(PyUnicode_AsEncodedString(h.ptr(), "utf-8", "surrogateescape"));
+    if (!bytes) {
+        PyErr_Clear();
+        fail(FM_ERR_FORMAT, std::string(what) + ": not a text");
+    }
+    std::string s(PyBytes_AS_STRING(bytes.ptr()), (size_t)PyBytes_GET_SIZE(bytes.ptr()));
+    if (s.find('\0') != std::string::npos)
+        fail(FM_ERR_FORMAT, std::string(what) + ": holds a NUL: " + py::repr(h).cast<std::string>());
+    return s;
 }
 
 py::object need(const py::dict &d, const char *key)

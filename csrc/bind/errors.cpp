@@ -28,6 +28,12 @@ static const char *class_of(fm_status s)
     return "FlashMoeError";
 }
 
+// Names of files need not be UTF-8, and a long message may be cut within a character.
+static py::object text(const std::string &s, const char *errors)
+{
+    return py::reinterpret_steal<py::object>(PyUnicode_DecodeUTF8(s.data(), (Py_ssize_t)s.size(), errors));
+}
+
 void register_errors()
 {
     py::register_exception_translator([](std::exception_ptr p) {
@@ -37,9 +43,10 @@ void register_errors()
         } catch (const fm_exception &e) {
             const py::object cls = py::module_::import("flashmoe.errors").attr(class_of(e.status));
             const bool os_error = e.status == FM_ERR_IO;
-            const py::object value = os_error && e.err != 0 ? cls(e.err, e.what(), e.path) : cls(e.what());
+            const py::object message = text(e.what(), "replace"), path = text(e.path, "surrogateescape");
+            const py::object value = os_error && e.err != 0 ? cls(e.err, message, path) : cls(message);
             if (os_error && e.err == 0 && !e.path.empty())
-                value.attr("filename") = e.path;
+                value.attr("filename") = path;
             PyErr_SetObject(cls.ptr(), value.ptr());
         }
     });

@@ -14,6 +14,8 @@ static fm_status check_opts(const fm_config *c, const fm_engine_opts *o, int64_t
 {
     if (o->context < 1)
         return fm_fail(FM_ERR_ARG, "context is %" PRId64 ", must be at least 1", o->context);
+    size_t state_bytes;
+    FM_TRY(fm_state_bytes(c, o->context, &state_bytes));
     if (o->max_rows < 1 || o->max_rows > 65536)
         return fm_fail(FM_ERR_ARG, "rows per forward: %" PRId64 ", must be 1 to 65536", o->max_rows);
     if (o->lookahead < 0 || o->lookahead > FM_MAX_TOP_K)
