@@ -64,12 +64,33 @@ static void take_scratch(fm_scratch *s, const fm_config *c, int64_t k, int64_t r
     a->used = most;
 }
 
-static size_t device_bytes(const fm_config *c, int64_t k, int64_t rows)
+static size_t device_bytes(const fm_config *c, int64_t k, int64_t rows, int64_t *part_rows)
 {
     fm_scratch s = {0};
     fm_arena measure = {NULL, 0, 0};
     take_scratch(&s, c, k, rows, &measure);
+    *part_rows = s.part_rows;
     return measure.used;
+}
+
+/* What the CPU backend keeps for itself: prepared inputs of the widest product, and a sum not yet added. */
+static fm_status cpu_own_bytes(const fm_config *c, int64_t rows, int64_t part_rows, size_t *bytes)
+{
+    const int64_t inputs[] = {c->hidden_size, c->intermediate_size, c->shared_expert_intermediate_size,
+                              fm_config_value_dim(c), fm_arch_dim(c, FM_DIM_ATTN)};
+    size_t prepared = 0;
+    for (int mode = 0; mode < FM_NUMERIC_COUNT; mode++) {
+        const fm_kernels *kern;
+        FM_TRY(fm_kernels_get_numeric((fm_numeric)mode, &kern));
+        for (int i = 0; i < FM_COUNT(inputs); i++) {
+            const size_t n = kern->act_bytes(rows, inputs[i] > 0 ? inputs[i] : 1);
+            prepared = n > prepared ? n : prepared;
+        }
+        const size_t parts = kern->act_bytes(part_rows, c->moe_intermediate_size > 0 ? c->moe_intermediate_size : 1);
+        prepared = parts > prepared ? parts : prepared;
+    }
+    *bytes = prepared + (size_t)(rows * c->hidden_size) * sizeof(float);
+    return FM_OK;
 }
 
 fm_status fm_model_scratch_bytes(const fm_config *c, int64_t k, int64_t max_rows, size_t *bytes)
@@ -79,12 +100,11 @@ fm_status fm_model_scratch_bytes(const fm_config *c, int64_t k, int64_t max_rows
     host_lists h;
     fm_arena host = {NULL, 0, 0};
     take_host(&h, c, max_rows, &host);
-    /* The CPU backend prepares inputs and sums residuals in a buffer of its own: at most two wide rows each. */
-    int64_t widest = c->hidden_size > c->intermediate_size ? c->hidden_size : c->intermediate_size;
-    const int64_t v = fm_config_value_dim(c), q = fm_arch_dim(c, FM_DIM_Q);
-    widest = widest > v ? widest : v;
-    widest = widest > q ? widest : q;
-    *bytes = device_bytes(c, k, max_rows) + host.used + (size_t)(2 * max_rows * widest) * sizeof(float);
+    int64_t part_rows;
+    size_t own;
+    const size_t device = device_bytes(c, k, max_rows, &part_rows);
+    FM_TRY(cpu_own_bytes(c, max_rows, part_rows, &own));
+    *bytes = device + host.used + own;
     return FM_OK;
 }
 
@@ -133,7 +153,8 @@ static fm_status open_memory(fm_model *m)
     m->kv = h.kv;
     m->in = h.in;
     m->out = h.out;
-    m->scratch_bytes = device_bytes(c, m->k, m->max_rows);
+    int64_t part_rows;
+    m->scratch_bytes = device_bytes(c, m->k, m->max_rows, &part_rows);
     FM_TRY(m->be->v->alloc(m->be, m->scratch_bytes, FM_USAGE_SCRATCH, &m->scratch));
     fm_arena device = {m->scratch, 0, m->scratch_bytes};
     take_scratch(&m->s, c, m->k, m->max_rows, &device);
