@@ -41,7 +41,7 @@ GROUP = 64
 POOL_BYTES = 48 << 20
 CHUNK_BYTES = 32 << 20
 FLUSH_BYTES = 256 << 20
-NOTE = ("layers share expert files: page-cache results would lie, measure with direct reads only")
+NOTE = "layers share expert files: page-cache results would lie, measure with direct reads only"
 
 
 class Noise:

@@ -217,7 +217,9 @@ def test_plan_command(run):
     assert code == 0
     for word in ("4246732800 B", "hit rate", "ceiling   = 1 / max(io, moe + rest)", "uniform"):
         assert word in out
-    code, out, _ = run("plan", "--model", "35b", "--ssd", 1, "--ram", 8, "--bits", 2, "-k", 4, "--json")
+    code, out, _ = run(
+        "plan", "--model", "35b", "--ssd", 1, "--ram", 8, "--bits", 2, "-k", 4, "--json"
+    )
     p = json.loads(out)
     assert code == 0
     assert p["routed_bytes_per_token"] == 157_286_400
@@ -267,7 +269,9 @@ def test_pictures(results, picture):
     plots.plot_bench(results[:1], picture)
     plots.plot_heat_map(np.random.default_rng(0).poisson(3, (8, 64)), picture, "t")
     assert is_png(picture)
-    rows = [{"n_slots": n, "policy": p, "hit_rate": n / 10} for n in (1, 5) for p in ("lru", "belady")]
+    rows = [
+        {"n_slots": n, "policy": p, "hit_rate": n / 10} for n in (1, 5) for p in ("lru", "belady")
+    ]
     plots.plot_hit_rates(rows, picture)
     assert is_png(picture)
     with pytest.raises(UnsupportedError, match="xyz"):

@@ -11,10 +11,12 @@ import pytest
 
 from flashmoe import _core
 from flashmoe.checkpoint import open_checkpoint
-from flashmoe.errors import ArgumentError
+from flashmoe.errors import ArgumentError, UnsupportedError
 from flashmoe.pack import verify
 from flashmoe.perf.geometry import expert_bytes, from_config, from_description, geometry
 from flashmoe.perf.models import CONFIGS, known_model
+from flashmoe.perf.predict import Hardware, predict
+from flashmoe.perf.runner import Runner, random_ids
 
 # The published counts of the Qwen3.5 family's checkpoints, to the byte (35B, 122B, 397B).
 FAMILY = ("35b", "122b", "397b")
@@ -226,3 +228,30 @@ def test_command_line_refuses_what_it_does_not_know(maker, monkeypatch, tmp_path
     monkeypatch.setattr("sys.argv", ["x", "--model", "36b", str(tmp_path / "m")])
     with pytest.raises(SystemExit, match="unknown model"):
         maker.main()
+
+
+def test_predicted_bytes_are_what_an_engine_reads(maker, tmp_path):
+    """Near-uniform routing of noise: hit rate, bytes per token and bytes of a prompt."""
+    out = tmp_path / "m"
+    config = tiny_config(num_experts=48, num_hidden_layers=8, vocab_size=4096)
+    make(maker, out, config=config)
+    g = geometry(str(out))
+    n_slots, n_prompt, n_gen = 120, 64, 160
+    options = {"memory": "1GiB", "io": "direct", "threads": 1, "prefill_chunk": n_prompt}
+    try:
+        runner = Runner(str(out), {"n_slots": n_slots}, **options)
+    except UnsupportedError as e:
+        pytest.skip(f"no direct reads in {tmp_path}: {e}")
+    with runner:
+        prompt, feed = random_ids(4096, n_prompt, 1), random_ids(4096, n_gen, 2)
+        m = runner.measure(prompt, n_gen, feed)
+    p = predict(
+        g, Hardware(1, 1 << 30), n_slots=n_slots, prompt_tokens=n_prompt, prefill_chunk=n_prompt
+    )
+    asked = m.decode["hits"] + m.decode["misses"]
+    assert asked == (n_gen - 1) * 8 * 4
+    assert m.decode["bytes_read"] == m.decode["misses"] * g.slot_bytes
+    assert m.decode["hits"] / asked == pytest.approx(p.hit_rate, abs=0.08)
+    assert m.decode["bytes_read"] / (n_gen - 1) == pytest.approx(p.read_bytes_per_token, rel=0.12)
+    assert m.prefill["bytes_read"] == pytest.approx(p.prefill_read_bytes, rel=0.05)
+    assert m.prefill["bytes_read"] <= g.n_experts_total * g.slot_bytes

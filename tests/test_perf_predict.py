@@ -139,6 +139,7 @@ def test_measured_runs_stay_below_the_ceiling_and_near_the_prediction(root):
     for r in lines:
         missed = (1 - r["hit_rate"]) * r["routed_bytes_per_token"]
         assert r["bytes_read_per_token"] == pytest.approx(missed, rel=0.02)
-        assert r["decode_tokens_per_second"]["median"] <= 1.15 * (
-            r["device_ceiling_tokens_per_second"]
+        assert (
+            r["decode_tokens_per_second"]["median"]
+            <= 1.15 * (r["device_ceiling_tokens_per_second"])
         )

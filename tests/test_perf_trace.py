@@ -12,7 +12,7 @@ from flashmoe import _core
 from flashmoe.cli import main
 from flashmoe.errors import ArgumentError, ModelFileError, StorageError
 from flashmoe.perf.runner import Runner, random_ids
-from flashmoe.perf.timeline import chrome_trace, write_chrome_trace
+from flashmoe.perf.timeline import chrome_trace, repeated_reads, write_chrome_trace
 from flashmoe.perf.trace import RoutingTrace, load_trace, record, replay
 
 EVENT = np.dtype([("kind", "i4"), ("layer", "i4"), ("id", "i4"), ("reserved", "i4"),
@@ -101,15 +101,18 @@ def test_files(recorded, tmp_path):
 
 
 def test_dense_models_have_no_routing(root):
-    with Runner(str(root / "tests/golden/q35dense"), memory="1GiB") as runner, pytest.raises(
-        ArgumentError, match="dense"
+    with (
+        Runner(str(root / "tests/golden/q35dense"), memory="1GiB") as runner,
+        pytest.raises(ArgumentError, match="dense"),
     ):
         record(runner, np.zeros(1, np.int32), 1)
 
 
 def test_commands(run, model, tmp_path):
     out = tmp_path / "t.npz"
-    code, _, err = run("trace", "record", model, "random:10", "-n", 6, "-o", out, "--feed", "random")
+    code, _, err = run(
+        "trace", "record", model, "random:10", "-n", 6, "-o", out, "--feed", "random"
+    )
     assert code == 0
     assert "16 rows (10 of the prompt), 64 experts" in err
     code, text, _ = run("trace", "replay", out, "--slots", "10%,24", "--policy", "lru,belady")
@@ -178,3 +181,31 @@ def test_chrome_trace_of_a_run(model, tmp_path):
 
 def test_empty_timeline():
     assert chrome_trace(np.array([], EVENT), [])["traceEvents"]
+    assert repeated_reads(np.array([], EVENT), [], 4096) == 0
+
+
+def test_repeated_reads_of_made_up_events():
+    kinds = ["read", "guess", "forward"]
+    rows = [
+        (2, -1, 9, 0, 0, 100, 0),
+        (2, -1, 9, 0, 100, 200, 0),
+        (0, 0, 1, 0, 10, 20, 2048),  # two halves: once
+        (0, 0, 1, 0, 10, 30, 2048),
+        (0, 0, 1, 0, 110, 120, 4096),  # again, but in the next forward
+        (0, 1, 2, 0, 10, 40, 4096),
+        (1, 1, 2, 0, 50, 60, 4096),  # twice in one
+    ]
+    assert repeated_reads(np.array(rows, EVENT), kinds, 4096) == 1
+
+
+@pytest.mark.parametrize("slots", [6, 12, 40])
+def test_a_prompt_reads_every_expert_at_most_once_per_chunk(model, slots):
+    core = {"n_slots": slots}
+    with Runner(model, core, memory="1GiB", io="pread", threads=1, prefill_chunk=40) as runner:
+        record = runner.plan.experts_bytes // runner.plan.n_experts
+        events, n_lost = runner.events(random_ids(runner.vocab_size, 120, 5), 1)
+    kinds = _core.trace_kinds()
+    assert n_lost == 0
+    reads = np.isin(events["kind"], [kinds.index("read"), kinds.index("guess")])
+    assert reads.sum() >= 64
+    assert repeated_reads(events, kinds, record) == 0

@@ -143,7 +143,7 @@ def _timeline(model: str | None, setting: Setting, work: Work, path: str) -> Non
     from flashmoe.perf.bench import open_runner
     from flashmoe.perf.machine import identity
     from flashmoe.perf.runner import random_ids
-    from flashmoe.perf.timeline import chrome_trace, write_chrome_trace
+    from flashmoe.perf.timeline import chrome_trace, repeated_reads, write_chrome_trace
 
     n = min(_TIMELINE_TOKENS, work.gen_tokens)
     with open_runner(model, setting, work) as runner:
@@ -152,6 +152,14 @@ def _timeline(model: str | None, setting: Setting, work: Work, path: str) -> Non
         feed = random_ids(runner.vocab_size, n, work.seed, 90, 1)
         runner.measure(prompts[0], 2)  # so that the slots are filled
         events, n_lost = runner.events(prompts[1], n, feed)
-        meta = {"model": runner.plan.model, "setting": setting.label(), "events_lost": n_lost,
-                "prompt_tokens": work.prompt_tokens, **identity()}  # fmt: skip
-    write_chrome_trace(path, chrome_trace(events, _core.trace_kinds(), meta))
+        plan, kinds = runner.plan, _core.trace_kinds()
+        record = plan.experts_bytes // max(plan.n_experts, 1)
+        meta = {
+            "model": plan.model,
+            "setting": setting.label(),
+            "prompt_tokens": work.prompt_tokens,
+            "events_lost": n_lost,
+            "experts_read_twice_in_a_forward": repeated_reads(events, kinds, record),
+            **identity(),
+        }
+    write_chrome_trace(path, chrome_trace(events, kinds, meta))

@@ -78,8 +78,9 @@ def settings_of(
 ) -> list[Setting]:
     """Return every combination, the first of each list first; `core` is common to all."""
     return [
-        Setting(m, i, t, core={"lookahead": n, "cache_policy": p, "numeric": x, **(core or {})},
-                **same)
+        Setting(
+            m, i, t, core={"lookahead": n, "cache_policy": p, "numeric": x, **(core or {})}, **same
+        )
         for x, p, n, t, i, m in itertools.product(
             numeric, cache_policy, lookahead, threads, io, memory
         )
@@ -121,9 +122,7 @@ def bench(
         yield result
 
 
-def _measure_setting(
-    model: str | None, setting: Setting, work: Work, say: Say
-) -> dict[str, Any]:
+def _measure_setting(model: str | None, setting: Setting, work: Work, say: Say) -> dict[str, Any]:
     reset = reset_peak_rss()
     with open_runner(model, setting, work) as runner:
         plan = runner.plan

@@ -31,8 +31,7 @@ def _figure(n_columns: int, width: float = 6.4, height: float = 4.4) -> tuple[An
         from matplotlib.figure import Figure
     except ImportError as e:
         raise UnsupportedError(
-            "pictures need matplotlib, which is not installed: "
-            "pip install 'flashmoe-engine[plot]'"
+            "pictures need matplotlib, which is not installed: pip install 'flashmoe-engine[plot]'"
         ) from e
     figure = Figure(figsize=(width * n_columns, height), layout="constrained")
     FigureCanvasAgg(figure)

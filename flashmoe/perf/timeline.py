@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from flashmoe.errors import StorageError
 
-__all__ = ["chrome_trace", "write_chrome_trace"]
+__all__ = ["chrome_trace", "repeated_reads", "write_chrome_trace"]
 
 _FORWARD, _COMPUTE, _LANE0 = 1, 2, 100
 _READS = ("read", "guess")
@@ -86,3 +86,23 @@ def write_chrome_trace(path: str | os.PathLike[str], trace: dict[str, Any]) -> N
             json.dump(trace, f, separators=(",", ":"))
     except OSError as e:
         raise StorageError(e.errno, e.strerror, str(path)) from e
+
+
+def repeated_reads(events: NDArray[Any], kinds: Sequence[str], record_bytes: int) -> int:
+    """Return how many experts were read more than once within one forward.
+
+    Parameters
+    ----------
+    events, kinds
+        As for :func:`chrome_trace`.
+    record_bytes : int
+        Size of an expert; a read in parts counts by its bytes.
+    """
+    names = np.array(kinds)[events["kind"]] if len(events) else np.array([], str)
+    ends = np.sort(events["t1_ns"][names == "forward"])
+    reads = events[np.isin(names, _READS)]
+    total: dict[tuple[int, int, int], int] = {}
+    for e, forward in zip(reads, np.searchsorted(ends, reads["t1_ns"])):
+        key = (int(forward), int(e["layer"]), int(e["id"]))
+        total[key] = total.get(key, 0) + int(e["bytes"])
+    return sum(n > 1.5 * record_bytes for n in total.values())
