@@ -68,14 +68,14 @@ def test_a_result_adds_up(results, model):
     assert r["bytes_read_per_token"] == pytest.approx((1 - r["hit_rate"]) * 8 * 3 * record)
     assert r["cold"]["hit_rate"] <= 1
     n = r["device_gb_per_s"] / r["bytes_read_per_token"] * 1e9
-    assert n == pytest.approx(speed["median"], rel=1)
+    assert speed["min"] * 0.999 <= n <= speed["max"] * 1.001  # the runs' harmonic mean
     phases = r["phases_seconds_per_token"]
     assert phases["experts"] > 0
     assert phases["delta"] > 0
     assert all(v >= 0 for v in phases.values())
     assert r["prefill_bytes_read"] > 0
     if r["roof"]["gb_per_s"]:
-        assert 0 < r["share_of_larger_term"] <= 1.5
+        assert r["share_of_larger_term"] > 0
         assert r["device_utilisation"] == pytest.approx(
             r["device_gb_per_s"] / r["roof"]["gb_per_s"]
         )
