@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import mslc
 
@@ -37,9 +38,14 @@ OBJC_FLAGS = [
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unused-parameter"]
 
 
+MAC = sys.platform == "darwin"  # the real framework: the backend tests then run on the real GPU
+
+
 @functools.lru_cache(None)
 def gnustep():
-    """Include and link flags of GNUstep with gcc's Objective-C runtime."""
+    """Include and link flags of GNUstep with gcc's Objective-C runtime; on a Mac of the frameworks."""
+    if MAC:
+        return [], ["-framework", "Metal", "-framework", "Foundation"]
     gcc = subprocess.run(["gcc", "-print-file-name=include"], capture_output=True, text=True)
     include = gcc.stdout.strip()
     link = mslc.CACHE / "gccobjc"
@@ -56,6 +62,8 @@ def gnustep():
 def sources():
     out = [p for d in CORE for p in sorted((mslc.REPO / "csrc" / d).glob("*.c"))]
     out += sorted((mslc.REPO / "metal").glob("*.m"))
+    if MAC:
+        return out
     return out + sorted(FAKE.glob("*.m")) + sorted(FAKE.glob("*.c"))
 
 
@@ -65,7 +73,10 @@ def compile_object(path, san, text=None):
                FAKE / "include", "-I", FAKE, "-I", mslc.HERE / "runtime"]  # fmt: skip
     flags = [mslc.CC, "-std=gnu11", "-O1", "-g", "-fPIC", "-DFM_HAVE_METAL", '-DFM_VERSION="test"']
     if str(path).endswith(".m"):
-        flags += [*OBJC_FLAGS, *gnustep()[0], *WARNINGS]
+        flags += ["-fno-objc-arc"] if MAC else OBJC_FLAGS
+        flags += [*gnustep()[0], *WARNINGS]
+    if MAC:
+        include = include[:4]  # Apple's headers, not the stand-in's
     if san:
         flags += [f"-fsanitize={san}", "-fno-omit-frame-pointer"]
     cmd = [*flags, *include]
@@ -85,19 +96,21 @@ def build(san="", metal=None):
         tmp.write_text(text)
 
     files = [*sources(), mslc.cached(["embedded", text], ".c", write)]
+    metal = metal or os.environ.get("FLASHMOE_METAL_HOST")
     if metal:
+        metal = Path(metal)
         files = [metal / f.name if f.parent.name == "metal" and f.suffix == ".m" else f
                  for f in files]  # fmt: skip
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(lambda f: compile_object(f, san), files))
-    rt = mslc.runtime(san)
+    rt = [] if MAC else [mslc.runtime(san), f"-Wl,-rpath,{mslc.CACHE}"]
 
     def link(tmp):
-        cmd = [mslc.CC, "-shared", "-o", tmp, *objects, rt, f"-Wl,-rpath,{rt.parent}"]
+        cmd = [mslc.CC, "-shared", "-o", tmp, *objects, *rt]
         cmd += [*gnustep()[1], "-lm", "-lpthread", "-ldl"]
         mslc.run_tool(cmd + ([f"-fsanitize={san}", "-shared-libsan"] if san else []), "linking")
 
-    return mslc.cached(["hostlib", *map(str, objects), rt], ".so", link)
+    return mslc.cached(["hostlib", *map(str, objects), *rt], ".so", link)
 
 
 # ---- the structs of csrc/backend/backend.h and csrc/cpu/kernels.h
@@ -177,7 +190,8 @@ def library(san=None, metal=None):
     os.environ["FAKE_METAL_COMPILE"] = f"{sys.executable} {mslc.HERE / 'mslc.py'} --embedded" + (
         f" --san {san}" if san else ""
     )
-    C.CDLL(str(mslc.runtime(san)), mode=C.RTLD_GLOBAL)  # kernels look for their runner there
+    if not MAC:
+        C.CDLL(str(mslc.runtime(san)), mode=C.RTLD_GLOBAL)  # kernels look for their runner there
     lib = C.CDLL(str(build(san, metal)))
     lib.fm_last_error.restype = C.POINTER(Error)
     return lib

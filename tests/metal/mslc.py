@@ -26,8 +26,9 @@ REPO = HERE.parents[1]
 KERNELS = Path(os.environ.get("FLASHMOE_METAL_KERNELS", REPO / "metal" / "kernels"))
 INCLUDE_DIRS = [REPO / "metal", KERNELS]
 CACHE = Path(os.environ.get("FLASHMOE_METAL_CACHE", REPO / "build" / "metal-tests"))
-CXX = os.environ.get("MSL_CXX", "clang++-19")
-CC = os.environ.get("MSL_CC", "clang-19")
+VERSION = "" if sys.platform == "darwin" else "-19"
+CXX = os.environ.get("MSL_CXX", "clang++" + VERSION)
+CC = os.environ.get("MSL_CC", "clang" + VERSION)
 SANITIZERS = ("", "address", "thread", "undefined")
 UNDEF = "".join(
     f"#undef {w}\n" for w in ["double", "constant", "kernel", "device", "thread", "threadgroup"]

@@ -44,7 +44,7 @@ def both():
     yield made
     for b in made.backends:
         b.close()
-    assert made.metal.lib.fake_metal_live() == 0, "objects of the stand-in are still alive"
+    assert H.MAC or made.metal.lib.fake_metal_live() == 0, "objects of the stand-in are still alive"
 
 
 def put(b, w, skip=0):
@@ -232,6 +232,19 @@ def test_rows_in_one_command_buffer(both):
     near(metal[0], cpu[0], 1e-4 * (1 + np.abs(exact)))
 
 
+def test_rmsnorm_strides(both):
+    rng = np.random.default_rng(8)
+    x, w = rand(rng, 3, 40), rand(rng, 33)
+
+    def setup(b, y):
+        xb, wb = b.array(x), b.array(w)
+        b.rmsnorm(xb.ctypes.data, 40, wb.ctypes.data, 1e-5, y.ctypes.data, 35, 3, 33)
+
+    cpu, metal = both.run(setup, (3, 35))
+    near(metal[0][:, :33], oracle.rmsnorm(x[:, :33], w, 1e-5), 1e-5)
+    assert np.isnan(metal[0][:, 33:]).all()
+
+
 @pytest.mark.parametrize("kw", [{}, {"renorm": 0}, {"sigmoid": 1, "bias": 1, "eps": 1e-20, "scale": 2.5},
                                 {"sigmoid": 1, "bias": 1, "n_group": 4, "topk_group": 2}])  # fmt: skip
 @pytest.mark.parametrize(("n_experts", "k"), [(8, 2), (512, 10)])
@@ -378,6 +391,7 @@ SUBSET = (
 
 
 @in_child
+@pytest.mark.skipif(H.MAC, reason="modes of the stand-in")
 @pytest.mark.parametrize("mode", ["FAKE_METAL_LATE", "FAKE_METAL_PROTECT"])
 def test_strict_modes(mode):
     """Late: a result read before sync is wrong. Protect: an undeclared buffer is a crash."""

@@ -279,7 +279,7 @@ os._exit(0)
 
 @in_child
 def test_hung_command_buffer():
-    status, output = run_child(["-c", HANG.format(here=str(HERE))], None)
+    status, output = run_child(["-c", HANG.format(here=str(HERE))], None, timeout=60)
     assert status == 0, output
     assert "did not finish within 1 s" in output
 

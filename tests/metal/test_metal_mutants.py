@@ -72,8 +72,50 @@ MUTANTS = {
 }  # fmt: skip
 
 
-def mutate(folder, file, text, new, occurrence):
-    shutil.copytree(mslc.REPO / "metal" / "kernels", folder)
+BACK, HOST = "test_metal_backend.py", "test_metal_host.py"
+LATE, PROTECT = "FAKE_METAL_LATE", "FAKE_METAL_PROTECT"
+DEV, ENC, ENC_MAT, ENC_MIX = (
+    f"metal_{n}.m" for n in ("device", "encode", "encode_mat", "encode_mix")
+)
+
+HOST_MUTANTS = {
+    "forgotten wait": (ENC, "FM_TRY(fm_metal_sync(m));", "fm_metal_flush(m);", 0, BACK, "nonfinite"),
+    "swapped buffers": (ENC, "bind(&c, 0, gate, n * 4", "bind(&c, 0, up, n * 4", 0, BACK, "one_command"),
+    "wrong offset": (DEV, "out->offset = m->ring_used;", "out->offset = 0;", 0, BACK, "attention or experts"),
+    "wrong address": (DEV, "[b->buffer gpuAddress] +", "[b->buffer gpuAddress] + 4 +", 0, BACK, "test_matmul"),
+    "undeclared resource": (DEV, "b->used_in != m->encoder_number", "false", 0, BACK, "test_matmul"),
+    "declared once for ever": (DEV, "m->encoder_number++;", "m->encoder_number = 1;", 0, BACK, "route or mixed"),
+    "ring not advanced": (DEV, "m->ring_used += need;", "", 0, BACK, "mixed or experts"),
+    "ids one short": (ENC_MAT, "memcpy(host, ids, (size_t)n * 4);", "memcpy(host, ids, (size_t)n * 4 - 4);", 0, BACK, "embed"),
+    "grid rounded down": (ENC_MAT, "(most_out + per - 1) / per", "most_out / per", 0, BACK, "test_matmul"),
+    "row list of down": (ENC_MAT, "(fm_u32)job->out0 : r->row0[j]", "r->row0[j] : (fm_u32)job->out0", 0, BACK, "test_experts"),
+    "kind of up": (ENC_MAT, "p == PHASE_UP ? &first->up : &first->gate, &kind", "&first->gate, &kind", 0, BACK, "three_formats"),
+    "kinds merged": (ENC_MAT, "a->n_cols == b->n_cols &&", "true ||", 0, BACK, "mixed"),
+    "bias dropped": (ENC_MAT, "t.has_bias = it->bias != NULL;", "", 0, BACK, "mixed"),
+    "add dropped": (ENC_MAT, "t.add = it->add;", "", 0, BACK, "mixed"),
+    "scale formats": (ENC_MAT, "[FM_QUANT_F16] = FM_FMT_F16", "[FM_QUANT_F16] = FM_FMT_BF16", 0, BACK, "test_matmul"),
+    "own position unseen": (ENC_MIX, "(fm_u32)(sp->pos0 + t + 1)", "(fm_u32)(sp->pos0 + t)", 0, BACK, "attention"),
+    "first span's state": (ENC_MIX, "a->hist_out[s], hist", "a->hist_out[0], hist", 0, BACK, "conv"),
+    "delta state in place": (ENC_MIX, "FM_TRY(delta_core(&d, batch->S_in[s], batch->S_out[s]));", "FM_TRY(delta_core(&d, batch->S_in[0], batch->S_out[s]));", 0, BACK, "conv"),
+    "second span's rows": (ENC_MIX, "a->qkv + sp->row0 * a->ld_qkv", "a->qkv", 0, BACK, "conv"),
+    "rope position": (ENC, "(double)(sp->pos0 + t)", "(double)t", 0, BACK, "attention"),
+    "strides swapped": (ENC, "(fm_u32)ldx, (fm_u32)ldy, eps", "(fm_u32)ldy, (fm_u32)ldx, eps", 0, BACK, "rmsnorm"),
+    "topk_group": (ENC, "a->topk_group > 1 ? a->topk_group : 1", "1", 0, BACK, "route"),
+    "ring chunk leak": (DEV, "[chunk release];", "", 0, BACK, "attention"),
+    "buffer leak": (DEV, "[b.buffer release];", "", 0, BACK, "nonfinite"),
+    "pipeline leak": ("metal_pipeline.m", "[m->pipelines[i].state release];", "", 0, BACK, "nonfinite"),
+    "command buffer leak": (DEV, "[m->commands release];\n    m->commands = nil;\n    m->counters", "m->commands = nil;\n    m->counters", 0, HOST, "leaks"),
+    "failure unseen": (DEV, "[commands status] != MTLCommandBufferStatusCompleted", "false", 0, HOST, "failed"),
+    "free without wait": (DEV, "(void)fm_metal_sync(m); /* nothing", "(void)m; /* nothing", 0, HOST, "free_waits"),
+    "limit ignored": (DEV, "m->bytes + whole > m->max_bytes", "whole > m->max_bytes", 0, HOST, "limits"),
+    "free not counted": (DEV, "m->bytes -= b.bytes;", "", 0, HOST, "limits"),
+    "range ignored": (DEV, "bytes <= b->bytes - at", "true", 0, HOST, "foreign"),
+    "wait for ever": (DEV, "if (dispatch_semaphore_wait(m->done, until) != 0) {", "if (dispatch_semaphore_wait(m->done, DISPATCH_TIME_FOREVER) != 0) {", 0, HOST, "hung"),
+}  # fmt: skip
+
+
+def mutate(folder, file, text, new, occurrence, suffix="kernels"):
+    shutil.copytree(mslc.REPO / "metal" / suffix, folder, ignore=shutil.ignore_patterns("kernels"))
     path = folder / file
     parts = path.read_text().split(text)
     assert len(parts) > occurrence + 1, f"{file} no longer has this text {occurrence + 1} times"
@@ -96,7 +138,26 @@ def test_mutant_is_caught(name, tmp_path):
     pytest.fail(f"{file}: '{text}' -> '{new}' passes every mode")
 
 
+@in_child
+@pytest.mark.slow
+@pytest.mark.parametrize("name", HOST_MUTANTS)
+def test_host_mutant_is_caught(name, tmp_path):
+    file, text, new, occurrence, tests, select = HOST_MUTANTS[name]
+    mutate(tmp_path / "metal", file, text, new, occurrence, ".")
+    for mode in ({}, {LATE: "1"}, {PROTECT: "1"}):
+        env = {"FLASHMOE_METAL_HOST": str(tmp_path / "metal"), **mode}
+        child = "hung" in select or "failed" in select
+        if child:  # this test is a child itself: let it start another
+            env["MSL_CHILD"] = ""
+        status, _ = run_tests("", HERE / tests, "-k", f"({select}) and not strict_modes", env=env)
+        if status:
+            return
+    pytest.fail(f"{file}: '{text}' -> '{new}' passes every mode")
+
+
 def test_texts_exist(tmp_path):
-    """Cheap: each mutant still applies to the kernels as they are."""
+    """Cheap: each mutant still applies to the kernels and the host as they are."""
+    for n, (file, text, new, occurrence, _, _) in enumerate(HOST_MUTANTS.values()):
+        mutate(tmp_path / f"host{n}", file, text, new, occurrence, ".")
     for n, (file, text, new, occurrence, _, _) in enumerate(MUTANTS.values()):
         mutate(tmp_path / str(n), file, text, new, occurrence)
