@@ -207,13 +207,16 @@ static fm_status prepare(cpu_backend *c, fm_act *act, int64_t n)
 
 static int64_t mat_row_bytes(const fm_mat *W) { return W->codes_stride + 2 * W->scales_stride; }
 
-/* Weight rows per task: by bytes, but at least 16 rows and never so few tasks that threads idle. */
-static int64_t mat_block(const fm_mat *W, int n_threads)
+enum { MANY_ROWS = 8 }; /* from here on a task's cost is arithmetic, and its set-up is per row of x */
+
+/* Weight rows per task: by bytes (all that is fair when x has many rows), whole kernel tiles, and never so few tasks
+ * that threads idle. */
+static int64_t mat_block(const fm_mat *W, int64_t n, int n_threads)
 {
-    int64_t rows = rows_per_task(mat_row_bytes(W));
+    int64_t rows = n < MANY_ROWS ? rows_per_task(mat_row_bytes(W)) : W->n_rows;
     const int64_t fair = (W->n_rows + 4 * n_threads - 1) / (4 * n_threads);
     rows = rows < fair ? rows : fair;
-    return (rows < 16 ? 16 : rows + 15) / 16 * 16;
+    return (rows < 32 ? 32 : rows + 31) / 32 * 32;
 }
 
 typedef struct matmul_ctx {
@@ -259,7 +262,7 @@ static fm_status cpu_matmul(fm_backend *b, const float *x, int64_t ldx, int64_t 
     FM_TRY(prepare(c, &act, n));
     int64_t first[MAX_ITEMS + 1] = {0}, block[MAX_ITEMS];
     for (int i = 0; i < n_items; i++) {
-        block[i] = mat_block(items[i].W, fm_pool_threads(c->pool));
+        block[i] = mat_block(items[i].W, n, fm_pool_threads(c->pool));
         first[i + 1] = first[i] + (items[i].W->n_rows + block[i] - 1) / block[i];
         if (items[i].add && n_items > 1)
             return fm_fail(FM_ERR_ARG, "matmul: an adding matrix must be alone in its call");
@@ -300,6 +303,7 @@ static fm_status cpu_rope(fm_backend *b, const fm_rope_args *a)
 typedef struct attend_ctx {
     const fm_kernels *k;
     const fm_attention_args *a;
+    int64_t rows_per_task;
     int span;
 } attend_ctx;
 
@@ -310,8 +314,9 @@ static void attend_task(void *p, int64_t task, int worker)
     const fm_attn_args *a = &c->a->a;
     const fm_span *s = &c->a->spans[c->span];
     const fm_kv *kv = &c->a->kv[c->span];
-    const int64_t t = task / a->n_kv_heads, g = task % a->n_kv_heads, head = kv->capacity * a->head_dim;
-    c->k->attend(a, s->row0 + t, g, kv->k + g * head, kv->v + g * head, s->pos0 + t + 1);
+    const int64_t t0 = task / a->n_kv_heads * c->rows_per_task, g = task % a->n_kv_heads;
+    const int64_t t1 = t0 + c->rows_per_task < s->n ? t0 + c->rows_per_task : s->n, head = kv->capacity * a->head_dim;
+    c->k->attend_rows(a, s->row0 + t0, s->row0 + t1, g, kv->k + g * head, kv->v + g * head, s->pos0 - s->row0);
 }
 
 static fm_status cpu_attention(fm_backend *b, const fm_attention_args *a)
@@ -327,8 +332,9 @@ static fm_status cpu_attention(fm_backend *b, const fm_attention_args *a)
                 memcpy(a->kv[s].k + to, a->k + from, (size_t)hd * sizeof(float));
                 memcpy(a->kv[s].v + to, a->v + from, (size_t)hd * sizeof(float));
             }
-        attend_ctx x = {c->k, a, s};
-        fm_parallel_for(c->pool, sp->n * nkv, attend_task, &x);
+        const int64_t per_pass = 128 / (a->a.n_heads / nkv); /* rows whose queries share one pass over K and V */
+        attend_ctx x = {c->k, a, per_pass < 1 ? 1 : per_pass, s};
+        fm_parallel_for(c->pool, (sp->n + x.rows_per_task - 1) / x.rows_per_task * nkv, attend_task, &x);
     }
     return FM_OK;
 }
@@ -430,14 +436,8 @@ static void experts_task(void *p, int64_t task, int worker)
     const int64_t r1 = r0 + c->block < W->n_rows ? r0 + c->block : W->n_rows;
     if (c->down) {
         fm_act act = *c->act; /* hidden rows lie in job order: no gather */
-        int32_t rows[64];
-        for (int64_t i0 = 0; i0 < job->n; i0 += FM_COUNT(rows)) {
-            const int64_t n = job->n - i0 < FM_COUNT(rows) ? job->n - i0 : FM_COUNT(rows);
-            for (int64_t i = 0; i < n; i++)
-                rows[i] = (int32_t)(job->out0 - c->first_row + i0 + i);
-            act.rows = rows;
-            c->k->matmul[W->format](W, &act, n, c->a->out + (job->out0 + i0) * W->n_rows, W->n_rows, r0, r1);
-        }
+        act.row0 = job->out0 - c->first_row;
+        c->k->matmul[W->format](W, &act, job->n, c->a->out + job->out0 * W->n_rows, W->n_rows, r0, r1);
         return;
     }
     fm_act act = *c->act;
@@ -452,7 +452,10 @@ static void experts_task(void *p, int64_t task, int worker)
 static void experts_phase(cpu_backend *c, const fm_expert_args *a, const fm_act *act, int64_t first_row, bool down)
 {
     const fm_mat *W = down ? &a->jobs[0].down : &a->jobs[0].gate;
-    experts_ctx x = {c->k, a, act, mat_block(W, fm_pool_threads(c->pool)), 0, first_row, down};
+    const int n_threads = fm_pool_threads(c->pool);
+    /* Many experts at work: one task each. */
+    const int64_t block = a->n_jobs >= 16 * n_threads ? W->n_rows : mat_block(W, 1, n_threads);
+    experts_ctx x = {c->k, a, act, block, 0, first_row, down};
     x.tasks_per_job = (W->n_rows + x.block - 1) / x.block;
     fm_parallel_for(c->pool, a->n_jobs * x.tasks_per_job, experts_task, &x);
 }

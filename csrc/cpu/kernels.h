@@ -28,8 +28,9 @@ typedef struct fm_mat {
 typedef struct fm_act {
     const float *x;      /* [n, n_cols] f32, rows ldx apart */
     int64_t ldx, n_cols;
-    const int32_t *rows; /* matmul's row i is x row rows[i]; NULL: row i */
+    const int32_t *rows; /* matmul's row i is x row rows[i]; NULL: row row0 + i */
     void *prepared;      /* act_bytes(n, n_cols) bytes, 64-byte aligned; variant's own layout */
+    int64_t row0;
 } fm_act;
 
 typedef struct fm_route_args {

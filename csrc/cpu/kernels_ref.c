@@ -67,7 +67,7 @@ static void matmul_any(const fm_mat *W, const fm_act *x, int64_t n, float *y, in
                 const int64_t nc = W->n_cols - c0 < TILE ? W->n_cols - c0 : TILE;
                 decode_tile(W, r, c0, nc, w);
                 for (int64_t i = 0; i < nb; i++) {
-                    const int64_t xr = x->rows ? x->rows[i0 + i] : i0 + i;
+                    const int64_t xr = x->rows ? x->rows[i0 + i] : x->row0 + i0 + i;
                     const float *v = x->x + xr * x->ldx + c0;
                     double s = 0;
                     for (int64_t c = 0; c < nc; c++)

@@ -127,7 +127,7 @@ FM_INLINE void exact_rows(const fm_act *a, int64_t i, int64_t nb, int64_t k0, in
         const float *x[EX_TB];
         const int T = (int)(nb - t < EX_TB ? nb - t : EX_TB);
         for (int j = 0; j < T; j++)
-            x[j] = a->x + (a->rows ? a->rows[i + t + j] : i + t + j) * a->ldx + k0;
+            x[j] = a->x + (a->rows ? a->rows[i + t + j] : a->row0 + i + t + j) * a->ldx + k0;
         switch (T) {
         case 1: exact_block(w, x, kn, acc + t, 1); break;
         case 2: exact_block(w, x, kn, acc + t, 2); break;

@@ -32,7 +32,7 @@ FM_STATIC size_t fast_act_bytes(int64_t n, int64_t n_cols) { return (size_t)n * 
 
 FM_INLINE fast_x fast_row(const fm_act *a, int64_t i, int planes, int64_t sub)
 {
-    const int64_t cols = fast_padded(a->n_cols), r = a->rows ? a->rows[i] : i;
+    const int64_t cols = fast_padded(a->n_cols), r = a->rows ? a->rows[i] : a->row0 + i;
     const int8_t *base = (const int8_t *)a->prepared + r * (cols * 7 / 2);
     const float *xs = (const float *)(base + 3 * cols), *qs = xs + cols / 64;
     qs += sub == 16 ? 0 : sub == 32 ? cols / 16 : cols / 16 + cols / 32;

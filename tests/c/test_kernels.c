@@ -175,12 +175,13 @@ static void rows_are_independent(const fm_kernels *k, bool fast)
             k->matmul[q](&W.m, &p.act, n, p.y, p.ldy, 0, rows);
             float *y = malloc((size_t)(n * rows) * sizeof *y);
             for (int64_t nb = 1; nb <= 9; nb += nb < 4 ? 1 : 5) /* 1, 2, 3, 4, 9 rows at a time */
-                for (int64_t i = 0; i < n; i += nb) {
+                for (int64_t i = 0; i + nb <= n || i == 0; i += nb) {
                     int32_t ids[9];
                     for (int64_t j = 0; j < nb; j++)
                         ids[j] = (int32_t)(i + j < n ? i + j : 0);
                     fm_act a = p.act;
-                    a.rows = ids;
+                    a.rows = nb == 3 ? NULL : ids; /* by id, or a run of rows */
+                    a.row0 = i;
                     const int64_t at = i % 3;
                     k->matmul[q](&W.m, &a, nb, y, rows, at, rows - i % 17);
                     int bad = 0;
