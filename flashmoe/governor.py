@@ -209,23 +209,16 @@ class Governor:
 def governor_of(engine: Engine) -> Governor | None:
     """Return a governor for an engine; None if it has no slots to give.
 
-    It goes through ``engine.owner.limit_slots(n)`` if there is one, which knows what sessions
-    take; else straight to the core.
+    It goes through ``engine.owner.limit_slots(n)``, which knows what sessions take.
     """
     plan = engine.plan
     if plan.n_slots <= plan.n_slots_min or not plan.slot_bytes:
         return None
-
-    def resize(n: int) -> int:
-        owner = engine.owner
-        limit = getattr(owner, "limit_slots", None)
-        if limit is not None:
-            return int(limit(n))
-        with owner.exclusive() as core:
-            return int(core.set_slots(n))
-
     return Governor(
-        resize, n_slots=plan.n_slots, n_min=plan.n_slots_min, slot_bytes=plan.slot_bytes
+        engine.owner.limit_slots,
+        n_slots=plan.n_slots,
+        n_min=plan.n_slots_min,
+        slot_bytes=plan.slot_bytes,
     )
 
 

@@ -41,6 +41,7 @@ class Owner:
         self._pid = os.getpid()
         self._lock = threading.RLock()
         self._sessions: weakref.WeakSet[Session] = weakref.WeakSet()
+        self._slots_limit = plan.n_slots
 
     @contextmanager
     def exclusive(self) -> Iterator[_core.Engine]:
@@ -73,6 +74,13 @@ class Owner:
             They cannot give that much.
         """
         self._fit_slots(len(self._sessions) + 1)
+
+    def limit_slots(self, n_slots: int) -> int:
+        """Use at most so many expert slots from now on; return how many there are."""
+        with self.exclusive() as core:
+            self._slots_limit = n_slots
+            self._fit_slots(len(self._sessions))
+            return int(core.info["n_slots"])
 
     def remove(self, session: Session) -> None:
         """Close a session's core and give its memory back to the slots."""
@@ -117,5 +125,6 @@ class Owner:
                 f"{format_bytes(plan.budget_bytes)} has none left and of {plan.n_slots} expert "
                 f"slots {plan.n_slots_min} must stay; close a session, or give more memory="
             )
+        want = max(min(want, self._slots_limit), plan.n_slots_min)
         if plan.slot_bytes and self.core.set_slots(want) > want:
             raise OutOfMemory(f"session {n_sessions}: the expert slots are in use; try again")

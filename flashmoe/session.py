@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flashmoe import governor
 from flashmoe.errors import ArgumentError, ModelFileError, StateError, StorageError
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ class Session:
                 "open the engine with a larger context="
             )
         self._feed(array, step=True)
+        governor.tick(self._engine)
 
     def logits(self) -> NDArray[np.float32]:
         """Return the scores of the next token, ndarray of shape (vocab,), float32.

@@ -125,7 +125,7 @@ class FakeEngine:
         return {"logits": np.concatenate(rows), "router": None}
 
     def set_slots(self, n):
-        self.slots = n
+        self.slots = self.info["n_slots"] = n
         return n
 
     def stats(self):
