@@ -30,7 +30,6 @@ _COMMANDS: tuple[Callable[..., Any], ...] = (generate, inspect, pack, bench, pla
 app = typer.Typer(
     name="flashmoe",
     help="Run Mixture-of-Experts language models larger than memory.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -71,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     if debug:
         args.remove("--debug")
     try:
-        code = app(args, prog_name="flashmoe", standalone_mode=False)
+        code = app(args or ["--help"], prog_name="flashmoe", standalone_mode=False)
+        code = code if args else 2
         sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
         code = 130
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if debug:
             raise
         code = getattr(e, "exit_code", 1)
-        if type(e).__name__ != "NoArgsIsHelpError":
+        if type(e).__name__ != "NoArgsIsHelpError":  # a group without command showed its help
             print(f"flashmoe: {_message(e)}", file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)
 
