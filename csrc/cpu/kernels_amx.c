@@ -40,6 +40,7 @@ static void amx_configure(int sub)
         c.bytes[i] = (uint16_t)(i == 4 || i == 5 ? sub : 64);
         c.rows[i] = (uint8_t)(i >= 6 ? sub / 4 : 16);
     }
+    __asm__ volatile("" ::"r"(&c) : "memory"); /* GCC's intrinsic admits to reading 8 bytes only */
     _tile_loadconfig(&c);
 }
 
