@@ -127,7 +127,7 @@ typedef struct fm_kernels {
     void (*delta)(const fm_delta_args *a, int64_t h, int64_t n, const float *S_in, float *S_out, float *scratch);
 
     /* ids[0..k) and weights of one row: by falling choice score, equal scores by rising id.
-     * logits [n_experts]; scratch [n_experts] floats. n_experts <= 1024, k <= 64. NaN sorts as -inf. */
+     * logits [n_experts]; scratch [n_experts] floats. k <= 64. NaN sorts as -inf. */
     void (*route)(const fm_route_args *a, const float *logits, int32_t *ids, float *weights, float *scratch);
 } fm_kernels;
 

@@ -8,7 +8,7 @@
 #include "cpu/kernels.h"
 #include "cpu/vec.h"
 
-enum { ROUTE_MAX = 1024, ROUTE_TAKEN = INT32_MIN };
+enum { ROUTE_TAKEN = INT32_MIN, ROUTE_BLOCKS = 64 };
 
 FM_INLINE int32_t route_key(float x)
 {
@@ -19,31 +19,44 @@ FM_INLINE int32_t route_key(float x)
     return x != x ? (int32_t)0x807fffff : i; /* NaN as -inf: stays in bounds until the caller refuses it */
 }
 
-FM_INLINE int32_t route_best(const int32_t *key)
+/* Keys live in the caller's scratch, which holds floats: they are read and written as bytes. */
+FM_INLINE int32_t key_at(const float *key, int64_t i) { return (int32_t)dword_at(key + i); }
+
+FM_INLINE int32_t route_best(const float *key, int64_t n)
 {
-    int32_t best = key[0];
-    for (int i = 1; i < VL; i++)
-        best = key[i] > best ? key[i] : best;
+    int32_t best = ROUTE_TAKEN, lane[VL];
+    vi top = (vi)vu_set((uint32_t)ROUTE_TAKEN);
+    int64_t i = 0;
+    for (; i + VL <= n; i += VL) {
+        const vi k = (vi)vu_load(key + i), more = k > top;
+        top = (k & more) | (top & ~more);
+    }
+    memcpy(lane, &top, sizeof lane);
+    for (int x = 0; x < VL; x++)
+        best = lane[x] > best ? lane[x] : best;
+    for (; i < n; i++)
+        best = key_at(key, i) > best ? key_at(key, i) : best;
     return best;
 }
 
-/* The k largest keys by falling key, then rising id. n <= ROUTE_MAX; keys past n are ROUTE_TAKEN. */
-FM_INLINE void route_pick(int32_t *key, int64_t n, int64_t k, int32_t *ids)
+/* The k <= n largest keys by falling key, then rising id. */
+FM_INLINE void route_pick(float *key, int64_t n, int64_t k, int32_t *ids)
 {
-    int32_t top[ROUTE_MAX / VL];
-    const int64_t nv = (n + VL - 1) / VL;
-    for (int64_t v = 0; v < nv; v++)
-        top[v] = route_best(key + v * VL);
+    const int32_t taken = ROUTE_TAKEN;
+    const int64_t block = (n + ROUTE_BLOCKS * VL - 1) / (ROUTE_BLOCKS * VL) * VL, nb = (n + block - 1) / block;
+    int32_t top[ROUTE_BLOCKS];
+    for (int64_t v = 0; v < nb; v++)
+        top[v] = route_best(key + v * block, n - v * block < block ? n - v * block : block);
     for (int64_t j = 0; j < k; j++) {
         int64_t at = 0;
-        for (int64_t v = 1; v < nv; v++)
+        for (int64_t v = 1; v < nb; v++)
             at = top[v] > top[at] ? v : at;
-        int64_t i = at * VL;
-        while (key[i] != top[at])
+        int64_t i = at * block;
+        while (key_at(key, i) != top[at])
             i++;
         ids[j] = (int32_t)i;
-        key[i] = ROUTE_TAKEN;
-        top[at] = route_best(key + at * VL);
+        memcpy(key + i, &taken, sizeof taken);
+        top[at] = route_best(key + at * block, n - at * block < block ? n - at * block : block);
     }
 }
 
@@ -78,10 +91,9 @@ FM_INLINE double route_sigmoid(double x) { return x >= 0 ? 1 / (1 + exp(-x)) : e
 
 FM_STATIC void route_vec(const fm_route_args *a, const float *logits, int32_t *ids, float *weights, float *scratch)
 {
-    int32_t key[ROUTE_MAX];
     double p[64], max = -INFINITY, sum = 0, all = 0;
-    const int64_t n = a->n_experts, padded = (n + VL - 1) / VL * VL;
-    assert(n <= ROUTE_MAX && a->k <= 64);
+    const int64_t n = a->n_experts;
+    assert(a->k <= 64 && a->k <= n);
     const float *choice = logits;
     if (a->sigmoid || a->bias != NULL || a->n_group > 1) {
         for (int64_t e = 0; e < n; e++) {
@@ -94,11 +106,11 @@ FM_STATIC void route_vec(const fm_route_args *a, const float *logits, int32_t *i
             route_groups(a, scratch);
         choice = scratch;
     }
-    for (int64_t e = 0; e < n; e++)
-        key[e] = route_key(choice[e]);
-    for (int64_t e = n; e < padded; e++)
-        key[e] = ROUTE_TAKEN;
-    route_pick(key, n, a->k, ids);
+    for (int64_t e = 0; e < n; e++) {
+        const int32_t key = route_key(choice[e]);
+        memcpy(scratch + e, &key, sizeof key);
+    }
+    route_pick(scratch, n, a->k, ids);
     if (!a->sigmoid) {
         vf top = vf_set(-INFINITY);
         for (int64_t e = 0; e + VL <= n; e += VL)

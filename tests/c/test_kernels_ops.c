@@ -322,11 +322,11 @@ static void routing(const fm_kernels *k, bool fast)
     (void)fast;
     uint64_t s = 5;
     for (int i = 0; i < 300; i++) {
-        float logits[512], bias[512];
+        float logits[3000], bias[3000];
         fm_route_args a = {.n_experts = 1 + (int64_t)(test_rand(&s) % 512), .sigmoid = i & 1, .renorm = i >> 1 & 1,
                            .eps = i % 3 ? 0 : 1e-20f, .scale = 1.5f, .bias = i % 5 == 0 ? bias : NULL};
         if (i % 4 == 0)
-            a.n_experts = 512;
+            a.n_experts = i % 16 == 4 ? 3000 : 512;
         if (i % 8 == 0) {
             a.n_group = 8;
             a.topk_group = 3;
@@ -344,7 +344,7 @@ static void routing(const fm_kernels *k, bool fast)
             for (int64_t e = 0; e < a.n_experts; e += 2)
                 logits[e] = NAN;
             int32_t ids[64];
-            float w[64], scratch[512];
+            float w[64], scratch[3000];
             k->route(&a, logits, ids, w, scratch);
             for (int64_t j = 0; j < a.k; j++) {
                 CHECK(ids[j] >= 0 && ids[j] < a.n_experts);
