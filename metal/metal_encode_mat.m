@@ -95,6 +95,8 @@ static fm_status run_items(fm_metal *m, mat_kind kind, bool gated, fm_metal_plac
         fm_metal_run(&c, gx, n, most_rows, FM_WIDTH * FM_MV_SIMDGROUPS, 1);
     else
         fm_metal_run(&c, gx, (most_rows + FM_MM_TILE - 1) / FM_MM_TILE, n, FM_MM_THREADS, 1);
+    /* y is named by address, which no binding tells the encoder: say that what follows may read it */
+    [c.encoder memoryBarrierWithScope:MTLBarrierScopeBuffers];
     return FM_OK;
 }
 

@@ -112,6 +112,7 @@ def test_matmul_mixed_items(both, n):
         mats, xb, bb = [put(b, w) for w in ws], b.array(x), b.array(bias)
         rows = [(m, y, bb if i == 1 else None, False) for i, (m, y) in enumerate(zip(mats, ys))]
         b.matmul(xb.ctypes.data, 128, n, items(*rows), len(rows))
+        b.sync()  # the next call has an encoder of its own, with its own declarations
         b.matmul(xb.ctypes.data, 128, n, items((mats[0], ys[-1], None, True)), 1)
 
     _cpu, metal = both.run(setup, *[(n, w.shape[0] + 2) for w in ws], start)

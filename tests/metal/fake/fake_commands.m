@@ -112,6 +112,13 @@ static void check_bindings(const fake_dispatch *d)
     }
 }
 
+- (void)memoryBarrierWithScope:(MTLBarrierScope)scope
+{
+    LIVE;
+    CHECK(scope == MTLBarrierScopeBuffers, @"memoryBarrierWithScope: the stand-in knows buffers only");
+    CHECK(commands->n > 0, @"memoryBarrierWithScope before any dispatch"); /* dispatches run in order here */
+}
+
 - (void)endEncoding
 {
     LIVE;
@@ -150,8 +157,10 @@ static void check_bindings(const fake_dispatch *d)
 - (void)commit
 {
     CHECK(!open, @"commit while an encoder is still encoding");
-    CHECK(st < MTLCommandBufferStatusCommitted, @"command buffer committed twice");
+    CHECK([self status] < MTLCommandBufferStatusCommitted, @"command buffer committed twice");
+    pthread_mutex_lock(&lock);
     st = MTLCommandBufferStatusCommitted;
+    pthread_mutex_unlock(&lock);
     [queue submit:self];
 }
 
@@ -219,7 +228,7 @@ static void check_bindings(const fake_dispatch *d)
 
 - (void)waitUntilCompleted
 {
-    CHECK(st >= MTLCommandBufferStatusCommitted, @"waitUntilCompleted before commit");
+    CHECK([self status] >= MTLCommandBufferStatusCommitted, @"waitUntilCompleted before commit");
     [queue runUntil:self];
     pthread_mutex_lock(&lock);
     while (st < MTLCommandBufferStatusCompleted)

@@ -27,6 +27,10 @@ enum {
     MTLResourceUsageRead = 1,
     MTLResourceUsageWrite = 2,
 };
+typedef NSUInteger MTLBarrierScope;
+enum {
+    MTLBarrierScopeBuffers = 1,
+};
 typedef NSUInteger MTLDataType;
 enum {
     MTLDataTypeUInt = 33,
@@ -90,6 +94,7 @@ typedef void (^MTLCommandBufferHandler)(id<MTLCommandBuffer>);
 - (void)setBytes:(const void *)bytes length:(NSUInteger)length atIndex:(NSUInteger)index;
 - (void)useResource:(id<MTLResource>)resource usage:(MTLResourceUsage)usage;
 - (void)dispatchThreadgroups:(MTLSize)threadgroupsPerGrid threadsPerThreadgroup:(MTLSize)threadsPerThreadgroup;
+- (void)memoryBarrierWithScope:(MTLBarrierScope)scope;
 - (void)endEncoding;
 @end
 
