@@ -43,4 +43,6 @@ def as_c(text):
 
 
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(as_c(source()))
+    out = Path(sys.argv[1])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(as_c(source()))
