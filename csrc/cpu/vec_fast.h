@@ -15,7 +15,9 @@
 enum {
     FAST_BLOCK = 64,
     FAST_PAD = 256,   /* prepared rows are whole chunks of every format; the padding is 0 */
-    FAST_KB = 1024,   /* columns per pass over scales, and of an unpacked tile */
+    FAST_KB = 2048,   /* columns per pass over scales */
+    FAST_FAR = 6144,  /* bytes; tuned on Granite Rapids under load: tune again before believing it */
+    FAST_FAR_STEP = 512,
     FAST_MAX_T = 2,   /* rows of the small-n path */
 };
 
@@ -132,40 +134,54 @@ FM_INLINE vf vf_load_num(const uint8_t *p, fm_quant format, int64_t n)
     return format == FM_QUANT_BF16 ? (vf)(__builtin_convertvector(h, vu) << 16) : vf_from_f16(&h);
 }
 
-/* Scales and biases of groups g0 .. g0+n, lanes = rows; zeros up to the end of the padding. */
-static __attribute__((unused, noinline)) void fast_scales(const fm_mat *W, const fast_tile *t, int64_t g0, int64_t n, int64_t n_padded, float *sc,
-                           float *bi)
+/* bf16 numbers of groups g0 .. g0+n (n even) of VL rows as f32, lanes = rows. A dword holds two groups, so one
+ * transpose does for 2*VL of them. */
+FM_INLINE void fast_pairs(const uint8_t *const *row, int64_t g0, int64_t n, int64_t n_padded, float *out)
 {
-    const int64_t size = W->scale_format == FM_QUANT_F32 ? 4 : 2;
-    for (int64_t g = 0; g < n_padded; g += VL) {
-        const int64_t have = n - g < 0 ? 0 : n - g < VL ? n - g : VL;
-        vu s[VL], b[VL];
-        if (W->scale_format == FM_QUANT_BF16) { /* scale and bias share a dword, so one transpose does both */
+    for (int64_t g = 0; g < n_padded; g += 2 * VL) {
+        const int64_t left = (n - g) / 2, have = left < 0 ? 0 : left < VL ? left : VL;
+        vu d[VL];
 #pragma GCC unroll 16
-            for (int r = 0; r < VL; r++) {
-                const vh hs = vh_load_part(t->scale[r] + (g0 + g) * 2, have);
-                const vh hb = vh_load_part(t->bias[r] + (g0 + g) * 2, have);
-                s[r] = (__builtin_convertvector(hs, vu) << 16) | __builtin_convertvector(hb, vu);
-            }
-            v_transpose(s);
-#pragma GCC unroll 16
-            for (int i = 0; i < VL; i++) {
-                b[i] = s[i] << 16;
-                s[i] &= 0xffff0000u;
-            }
-        } else {
-            for (int r = 0; r < VL; r++) {
-                s[r] = (vu)vf_load_num(t->scale[r] + (g0 + g) * size, W->scale_format, have);
-                b[r] = (vu)vf_load_num(t->bias[r] + (g0 + g) * size, W->scale_format, have);
-            }
-            v_transpose(s);
-            v_transpose(b);
-        }
+        for (int r = 0; r < VL; r++)
+            d[r] = vu_load_part(row[r] + (g0 + g) * 2, have);
+        v_transpose(d);
 #pragma GCC unroll 16
         for (int i = 0; i < VL; i++) {
-            vu_store(sc + (g + i) * VL, s[i]);
-            vu_store(bi + (g + i) * VL, b[i]);
+            if (g + 2 * i >= n_padded)
+                break;
+            vu_store(out + (g + 2 * i) * VL, d[i] << 16);
+            vu_store(out + (g + 2 * i + 1) * VL, d[i] & 0xffff0000u);
         }
+    }
+}
+
+/* The same for any format and n. */
+FM_INLINE void fast_numbers(const uint8_t *const *row, fm_quant format, int64_t g0, int64_t n, int64_t n_padded,
+                            float *out)
+{
+    const int64_t size = format == FM_QUANT_F32 ? 4 : 2;
+    for (int64_t g = 0; g < n_padded; g += VL) {
+        const int64_t have = n - g < 0 ? 0 : n - g < VL ? n - g : VL;
+        vu d[VL];
+        for (int r = 0; r < VL; r++)
+            d[r] = (vu)vf_load_num(row[r] + (g0 + g) * size, format, have);
+        v_transpose(d);
+#pragma GCC unroll 16
+        for (int i = 0; i < VL; i++)
+            vu_store(out + (g + i) * VL, d[i]);
+    }
+}
+
+/* Scales and biases of groups g0 .. g0+n, lanes = rows; zeros up to the end of the padding. */
+static __attribute__((unused, noinline)) void fast_scales(const fm_mat *W, const fast_tile *t, int64_t g0, int64_t n,
+                                                          int64_t n_padded, float *sc, float *bi)
+{
+    if (W->scale_format == FM_QUANT_BF16 && n % 2 == 0) {
+        fast_pairs(t->scale, g0, n, n_padded, sc);
+        fast_pairs(t->bias, g0, n, n_padded, bi);
+    } else {
+        fast_numbers(t->scale, W->scale_format, g0, n, n_padded, sc);
+        fast_numbers(t->bias, W->scale_format, g0, n, n_padded, bi);
     }
 }
 
@@ -207,20 +223,21 @@ FM_INLINE void fast_add(vf *acc, vi isum, vf scale, vf bias, float qs, float xs)
     *acc = vf_fma(local, vf_set(xs), *acc);
 }
 
-/* acc[t] = the tile's VL rows times row x[t], t < T; T, planes and (if not 0) sub_known are constants. */
+/* acc[t] = the tile's VL rows times row x[t], t < T; T, planes and g64 (the group is 64) are constants. */
 FM_INLINE void fast_small(const fm_mat *W, const fast_tile *tile, fast_shape f, const fast_x *x, vf *acc, int T,
-                          int planes, int sub_known)
+                          int planes, bool g64)
 {
     enum { CHAINS = 2 }; /* per row, to hide the latency of vi_dp */
     _Alignas(64) float sc[FAST_KB / 16 * VL], bi[FAST_KB / 16 * VL];
-    const int64_t sub = sub_known ? sub_known : f.sub, chunk = VL * 4 * planes;
+    const int64_t sub = g64 ? 64 : f.sub, chunk = VL * 4 * planes;
+    const int sub_shift = g64 ? 6 : f.sub_shift, group_shift = g64 ? 6 : f.group_shift;
     const uint32_t mask = (uint32_t)(0x01010101u * ((1u << (8 / planes)) - 1));
     const int bits = planes == 1 ? f.bits : 8 / planes;
     const int64_t ahead = VL * W->codes_stride;
     const v_cut cut = v_cut_make(bits);
     for (int64_t k0 = 0; k0 < W->n_cols; k0 += FAST_KB) {
         const int64_t kn = W->n_cols - k0 < FAST_KB ? W->n_cols - k0 : FAST_KB;
-        fast_scales(W, tile, k0 >> f.group_shift, kn >> f.group_shift, fast_padded(kn) >> f.group_shift, sc, bi);
+        fast_scales(W, tile, k0 >> group_shift, kn >> group_shift, fast_padded(kn) >> group_shift, sc, bi);
         vi isum[FAST_MAX_T][CHAINS] = {{{0}}};
         for (int64_t c = k0; c < k0 + kn; c += chunk) {
             vu d[VL];
@@ -229,8 +246,13 @@ FM_INLINE void fast_small(const fm_mat *W, const fast_tile *tile, fast_shape f, 
             const uint8_t *next = tile->code[0] + ahead + c * bits / 8 * VL;
             for (int64_t b = 0; b < VL * 4 * planes * bits / 8 * VL; b += 64) {
                 __builtin_prefetch(next + b, 0, 2);
-                if (b % 512 == 0)
-                    __builtin_prefetch(next + b + 4096, 0, 2);
+                if (b % FAST_FAR_STEP == 0)
+                    __builtin_prefetch(next + b + FAST_FAR, 0, 2);
+            }
+            for (int64_t b = 0; b < VL * 4 * planes / 64 * 2 * VL || b == 0; b += 64) { /* and its share of scales */
+                const int64_t off = VL * W->scales_stride + (c >> group_shift) * 2 * VL + b;
+                __builtin_prefetch(tile->scale[0] + off, 0, 2);
+                __builtin_prefetch(tile->bias[0] + off, 0, 2);
             }
             fast_chunk(W, tile, c, planes, bits, &cut, d);
 #pragma GCC unroll 16
@@ -247,11 +269,11 @@ FM_INLINE void fast_small(const fm_mat *W, const fast_tile *tile, fast_shape f, 
                 }
                 const int64_t end = c + 16 * (j + 1);
                 if ((end & (sub - 1)) == 0) {
-                    const int64_t g = (end - 1 - k0) >> f.group_shift;
+                    const int64_t g = (end - 1 - k0) >> group_shift;
                     const vf s = vf_load(sc + g * VL), b = vf_load(bi + g * VL);
 #pragma GCC unroll 4
                     for (int t = 0; t < T; t++) {
-                        fast_add(&acc[t], isum[t][0] + isum[t][1], s, b, x[t].qs[(end - 1) >> f.sub_shift],
+                        fast_add(&acc[t], isum[t][0] + isum[t][1], s, b, x[t].qs[(end - 1) >> sub_shift],
                                  x[t].xs[(end - 1) >> 6]);
                         isum[t][0] = isum[t][1] = (vi){0};
                     }

@@ -151,7 +151,7 @@ FM_STATIC void fast_tiles(const fm_mat *W, const fm_act *a, int64_t n, float *y,
 }
 
 FM_INLINE void fast_few_as(const fm_mat *W, const fm_act *a, int64_t i, float *y, int64_t ldy, int64_t r0, int64_t r1,
-                           int T, int planes, int sub_known)
+                           int T, int planes, bool g64)
 {
     const fast_shape f = fast_shape_of(W);
     fast_x x[FAST_MAX_T];
@@ -160,7 +160,7 @@ FM_INLINE void fast_few_as(const fm_mat *W, const fm_act *a, int64_t i, float *y
     for (int64_t r = r0; r < r1; r += VL) {
         const fast_tile tile = fast_tile_at(W, r, r1);
         vf acc[FAST_MAX_T] = {{0}};
-        fast_small(W, &tile, f, x, acc, T, planes, sub_known);
+        fast_small(W, &tile, f, x, acc, T, planes, g64);
         for (int t = 0; t < T; t++) {
             float *p = y + (i + t) * ldy + r;
             if (r1 - r >= VL)
@@ -171,18 +171,18 @@ FM_INLINE void fast_few_as(const fm_mat *W, const fm_act *a, int64_t i, float *y
     }
 }
 
-/* One or two rows; one by one where the sub-block is not known to the compiler. */
+/* One or two rows; one by one where the group is unusual. */
 #define FAST_FEW(name, planes)                                                                     \
     static void fast_few_##name(const fm_mat *W, const fm_act *a, int64_t n, float *y, int64_t ldy, int64_t r0,    \
                                 int64_t r1)                                                        \
     {                                                                                              \
-        if (W->group < 64)                                                                         \
+        if (W->group != 64)                                                                        \
             for (int64_t i = 0; i < n; i++)                                                        \
-                fast_few_as(W, a, i, y, ldy, r0, r1, 1, planes, 0);                                \
+                fast_few_as(W, a, i, y, ldy, r0, r1, 1, planes, false);                                \
         else if (n == 1)                                                                           \
-            fast_few_as(W, a, 0, y, ldy, r0, r1, 1, planes, 64);                                   \
+            fast_few_as(W, a, 0, y, ldy, r0, r1, 1, planes, true);                                   \
         else                                                                                       \
-            fast_few_as(W, a, 0, y, ldy, r0, r1, 2, planes, 64);                                   \
+            fast_few_as(W, a, 0, y, ldy, r0, r1, 2, planes, true);                                   \
     }
 FAST_FEW(p1, 1)
 FAST_FEW(p2, 2)
