@@ -44,6 +44,39 @@ def test_goldens():
     run("test_arch.py", "-k", f"test_golden and ({names})".replace("]", ""))
 
 
+COUNT = """
+import ctypes as C, os, metal_core_plugin
+from engines import core_engine, ids_of, run, n_experts, core_desc
+counts, at = C.CDLL(os.environ["METAL_CORE_PATH"]).fake_metal_counts, (C.c_long * 2)()
+def now():
+    counts(at)
+    return list(at)
+for slots in ("all", None):
+    with core_engine("q35moe_base/mlx4", slots=slots) as engine:
+        _, session = run(engine, ids_of("q35moe_base/mlx4", "p24"))
+        session.step(1)
+        before = now()
+        for i in range(8):
+            session.step(i)
+        used = [(b - a) / 8 for a, b in zip(before, now())]
+        print("per token", slots, *used)
+"""
+
+
+def test_commands_per_token():
+    """How much is recorded for a token of a 4-layer model; the number is a fact, the limit loose."""
+    env = {**os.environ, "METAL_CORE_PATH": core(), "MSL_CHILD": "1"}
+    env["PYTHONPATH"] = os.pathsep.join([str(HERE), str(TESTS), str(mslc.REPO)])
+    out = subprocess.run([sys.executable, "-c", COUNT], env=env, cwd=TESTS, text=True,
+                         capture_output=True)  # fmt: skip
+    assert out.returncode == 0, out.stderr[-3000:]
+    for line in out.stdout.splitlines():
+        if line.startswith("per token"):
+            slots, commands, dispatches = line.split()[2:]
+            print(slots, commands, dispatches)
+            assert float(commands) <= 6 * 4 + 3
+
+
 @pytest.mark.slow
 def test_every_golden():
     """All models and twins, in the fast mode. Left out: chunk tests that compare two chunkings more

@@ -216,7 +216,7 @@ def test_pipelines_are_cached(metal):
     assert settled(metal) == before
 
 
-def test_encode_cost(metal, record_property):
+def test_encode_cost(metal):
     """Encoding must stay far below a token's time; the number is reported, not judged finely."""
     x, w, y = arrays(metal, 1)
     norm(metal, x, w, y)
@@ -227,7 +227,7 @@ def test_encode_cost(metal, record_property):
     metal.sync()
     got = counters(metal)
     per_op = (got["encode_ns"] - start["encode_ns"]) / 500
-    record_property("encode_ns_per_op", round(per_op))
+    print(f"{per_op:.0f} ns of encoding per op")
     assert per_op < 200_000
 
 

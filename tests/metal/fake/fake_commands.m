@@ -11,6 +11,14 @@
 
 static pthread_mutex_t gpu = PTHREAD_MUTEX_INITIALIZER; /* the runner runs one dispatch at a time */
 
+/* Command buffers and dispatches of the whole process. */
+static long n_commands, n_dispatches;
+__attribute__((visibility("default"))) void fake_metal_counts(long out[2])
+{
+    out[0] = __atomic_load_n(&n_commands, __ATOMIC_SEQ_CST);
+    out[1] = __atomic_load_n(&n_dispatches, __ATOMIC_SEQ_CST);
+}
+
 @implementation FakeEncoder
 #define LIVE CHECK(!ended, @"%s after endEncoding", sel_getName(_cmd))
 - (void)setComputePipelineState:(id<MTLComputePipelineState>)state
@@ -161,6 +169,8 @@ static void check_bindings(const fake_dispatch *d)
     pthread_mutex_lock(&lock);
     st = MTLCommandBufferStatusCommitted;
     pthread_mutex_unlock(&lock);
+    __atomic_fetch_add(&n_commands, 1, __ATOMIC_SEQ_CST);
+    __atomic_fetch_add(&n_dispatches, n, __ATOMIC_SEQ_CST);
     [queue submit:self];
 }
 

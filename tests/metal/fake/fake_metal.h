@@ -29,6 +29,7 @@ long fake_env(const char *name, long otherwise);
 @interface FakeObject : NSObject
 @end
 long fake_metal_live(void);
+void fake_metal_counts(long out[2]);
 
 @interface FakeBuffer : FakeObject <MTLBuffer> {
 @public
