@@ -345,6 +345,8 @@ fm_status fm_block_moe(fm_model *m, const fm_batch *b, int32_t layer)
         next_wave(w, &m->s, m->k, s.limit, &at, &done);
         const fm_status status = run_wave(m, b, &s, layer, at, first);
         fm_experts_release(m->experts, layer, w->ids, w->n, w->claimed, s.flushes ? w->cool : NULL);
+        if (status != FM_OK)
+            fm_experts_disown(m->experts);
         FM_TRY(status);
     }
     if (!y->shared_gate_proj)

@@ -135,34 +135,70 @@ static fm_status word_failure(fm_experts *e, const fm_io_req *r, int64_t key)
     return fm_io_fail(e->io, r, what);
 }
 
-static fm_status check_crc(fm_experts *e, int32_t slot, int64_t key)
+/* Whether a whole record carries its recorded checksum; *have is the one it carries. */
+static bool crc_matches(const fm_experts *e, int32_t slot, int64_t key, uint32_t *have)
+{
+    const fm_expert_desc *x = &e->d->experts[key / e->stride];
+    fm_expert_layout l;
+    if (!e->verify || !x->crc)
+        return true;
+    lay_out(e, x, key % e->stride, &l);
+    uint32_t crc = e->slots[slot].crc[0];
+    for (int i = 1; i < l.n_parts; i++)
+        crc = fm_crc32c_combine(crc, e->slots[slot].crc[i], l.part[i].crc_bytes);
+    *have = crc;
+    return crc == x->crc[key % e->stride];
+}
+
+static fm_status word_damage(const fm_experts *e, int64_t key, uint32_t have)
 {
     const fm_expert_desc *x = &e->d->experts[key / e->stride];
     const int64_t id = key % e->stride;
-    if (!e->verify || !x->crc)
-        return FM_OK;
-    fm_expert_layout l;
-    lay_out(e, x, id, &l);
-    uint32_t crc = 0;
-    for (int i = 0; i < l.n_parts; i++)
-        crc = i == 0 ? e->slots[slot].crc[0] : fm_crc32c_combine(crc, e->slots[slot].crc[i], l.part[i].crc_bytes);
-    if (crc == x->crc[id])
-        return FM_OK;
-    const char *path = fm_io_file_path(e->io, l.part[0].file);
+    const char *path = fm_io_file_path(e->io, x->seg_file[id * x->n_sources]);
     return fm_fail_path(FM_ERR_FORMAT, 0, path,
                         "%s: layer %d expert %" PRId64 ": checksum %08x, recorded %08x: the file is damaged", path,
-                        x->layer, id, crc, x->crc[id]);
+                        x->layer, id, have, x->crc[id]);
 }
 
-/* The last read of a slot is in: ready, or empty again. */
-static fm_status finish_slot(fm_experts *e, int32_t slot, int64_t key)
+static void trace_read(const fm_experts *e, const fm_io_req *r, int64_t key, bool guess)
 {
+    /* The end is when it was seen: up to one job of compute later than it was. */
+    const int64_t t1 = fm_clock_ns(), took = r->ns_queued + r->ns_read + r->ns_crc;
+    if (e->trace)
+        fm_trace_add(e->trace, guess ? FM_TRACE_guess : FM_TRACE_read, e->d->experts[key / e->stride].layer,
+                     (int32_t)(key % e->stride), t1 - took, t1, (int64_t)r->done_bytes);
+}
+
+/* Takes one read in. A failed one that someone waits for (demand) is that someone's error, unless the caller has one
+ * already: word is then false and the message stays. A guess's failure is nobody's. */
+static fm_status complete(fm_experts *e, fm_io_req *r, bool word)
+{
+    const int32_t slot = (int32_t)(r->tag & 0xffffffffu), part = (int32_t)(r->tag >> 32);
     expert_slot *s = &e->slots[slot];
+    const int64_t key = fm_cache_key(e->cache, slot);
     fm_status status = FM_OK;
-    if (!s->failed && check_crc(e, slot, key) != FM_OK) {
+    uint32_t have;
+    e->in_flight--;
+    e->stats.n_reads++;
+    e->stats.bytes_read += (int64_t)r->done_bytes;
+    e->stats.read_ns += r->ns_read;
+    e->stats.crc_ns += r->ns_crc;
+    s->crc[part] = r->crc;
+    trace_read(e, r, key, s->guess);
+    if (r->status != FM_OK) {
+        e->stats.n_failed += r->status != FM_ERR_CANCELLED;
+        if (s->demand && !s->failed && word && r->status != FM_ERR_CANCELLED)
+            status = word_failure(e, r, key);
+        s->failed = true;
+    }
+    free_request(e, r);
+    if (--s->pending > 0)
+        return status;
+    if (!s->failed && !crc_matches(e, slot, key, &have)) {
         s->failed = true;
         e->stats.n_failed++;
-        status = s->demand ? FM_ERR_FORMAT : FM_OK;
+        if (s->demand && word)
+            status = word_damage(e, key, have);
     }
     fm_cache_unpin(e->cache, slot);
     s->state = s->failed ? SLOT_EMPTY : SLOT_READY;
@@ -171,46 +207,15 @@ static fm_status finish_slot(fm_experts *e, int32_t slot, int64_t key)
     return status;
 }
 
-/* A failed read of an expert that someone waits for is that someone's error; of a guess, nobody's. */
-static fm_status complete(fm_experts *e, fm_io_req *r)
-{
-    const int32_t slot = (int32_t)(r->tag & 0xffffffffu), part = (int32_t)(r->tag >> 32);
-    expert_slot *s = &e->slots[slot];
-    const int64_t key = fm_cache_key(e->cache, slot);
-    fm_status status = FM_OK;
-    e->in_flight--;
-    e->stats.n_reads++;
-    e->stats.bytes_read += (int64_t)r->done_bytes;
-    e->stats.read_ns += r->ns_read;
-    e->stats.crc_ns += r->ns_crc;
-    s->crc[part] = r->crc;
-    if (e->trace) { /* the end is when it was seen: up to one job of compute later than it was */
-        const int64_t t1 = fm_clock_ns(), took = r->ns_queued + r->ns_read + r->ns_crc;
-        fm_trace_add(e->trace, s->guess ? FM_TRACE_guess : FM_TRACE_read, e->d->experts[key / e->stride].layer,
-                     (int32_t)(key % e->stride), t1 - took, t1, (int64_t)r->done_bytes);
-    }
-    if (r->status != FM_OK) {
-        e->stats.n_failed += r->status != FM_ERR_CANCELLED;
-        if (s->demand && !s->failed && r->status != FM_ERR_CANCELLED)
-            status = word_failure(e, r, key);
-        s->failed = true;
-    }
-    free_request(e, r);
-    if (--s->pending > 0)
-        return status;
-    const fm_status last = finish_slot(e, slot, key);
-    return status == FM_OK ? last : status;
-}
-
 static fm_status wait_reads(fm_experts *e, int min_done, int64_t timeout_ns)
 {
     fm_io_req *done[64];
     int n = 0;
     FM_TRY(fm_io_wait(e->io, done, FM_COUNT(done), min_done, timeout_ns, &n));
     fm_status first = FM_OK;
-    for (int i = 0; i < n; i++) {
-        const fm_status s = complete(e, done[i]);
-        first = first == FM_OK ? s : first; /* every completion is taken in, whatever the others said */
+    for (int i = 0; i < n; i++) { /* every completion is taken in, whatever the others said */
+        const fm_status s = complete(e, done[i], first == FM_OK);
+        first = first == FM_OK ? s : first;
     }
     return first;
 }
@@ -408,6 +413,13 @@ fm_status fm_experts_claim(fm_experts *e, int32_t layer, const int32_t *ids, int
         e->stats.wait_ns += fm_clock_ns() - t0;
         FM_TRY(s);
     }
+}
+
+void fm_experts_disown(fm_experts *e)
+{
+    for (int i = 0; i < e->n_reqs && e->in_flight > 0; i++)
+        if (e->reqs[i].tag != NO_TAG)
+            e->slots[e->reqs[i].tag & 0xffffffffu].demand = false;
 }
 
 void fm_experts_release(fm_experts *e, int32_t layer, const int32_t *ids, int n, const bool *claimed, const bool *cool)
