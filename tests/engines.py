@@ -18,7 +18,8 @@ BOUND = 1e-3
 
 def golden_names() -> list[str]:
     """Return every golden model and twin, such as ``"q35moe_base/mlx4"``."""
-    return sorted(str(p.parent.relative_to(GOLDEN)) for p in GOLDEN.rglob("golden.npz"))
+    directories = [p.parent for p in GOLDEN.rglob("golden.npz")]
+    return sorted(str(d.relative_to(GOLDEN)) for d in directories if (d / "config.json").exists())
 
 
 @cache
