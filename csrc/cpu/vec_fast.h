@@ -134,23 +134,37 @@ FM_INLINE vf vf_load_num(const uint8_t *p, fm_quant format, int64_t n)
     return format == FM_QUANT_BF16 ? (vf)(__builtin_convertvector(h, vu) << 16) : vf_from_f16(&h);
 }
 
-/* bf16 numbers of groups g0 .. g0+n (n even) of VL rows as f32, lanes = rows. A dword holds two groups, so one
- * transpose does for 2*VL of them. */
-FM_INLINE void fast_pairs(const uint8_t *const *row, int64_t g0, int64_t n, int64_t n_padded, float *out)
+#if VB == 64
+#define V_CONCAT(a, b)                                                                             \
+    __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, \
+                            23, 24, 25, 26, 27, 28, 29, 30, 31)
+#elif VB == 32
+#define V_CONCAT(a, b) __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
+#else
+#define V_CONCAT(a, b) __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7)
+#endif
+
+/* bf16 scales and biases of groups g0 .. g0+n of VL rows as f32, lanes = rows. A dword holds two groups, half a vector
+ * the scales and half the biases of VL groups: one transpose does for all of them. */
+FM_INLINE void fast_bf16(const fast_tile *t, int64_t g0, int64_t n, int64_t n_padded, float *sc, float *bi)
 {
-    for (int64_t g = 0; g < n_padded; g += 2 * VL) {
-        const int64_t left = (n - g) / 2, have = left < 0 ? 0 : left < VL ? left : VL;
+    for (int64_t g = 0; g < n_padded; g += VL) {
+        const int64_t left = n - g, have = left < 0 ? 0 : left < VL ? left : VL;
         vu d[VL];
 #pragma GCC unroll 16
-        for (int r = 0; r < VL; r++)
-            d[r] = vu_load_part(row[r] + (g0 + g) * 2, have);
+        for (int r = 0; r < VL; r++) {
+            const vh s = vh_load_part(t->scale[r] + (g0 + g) * 2, have);
+            const vh b = vh_load_part(t->bias[r] + (g0 + g) * 2, have);
+            d[r] = (vu)V_CONCAT(s, b);
+        }
         v_transpose(d);
-#pragma GCC unroll 16
-        for (int i = 0; i < VL; i++) {
-            if (g + 2 * i >= n_padded)
-                break;
-            vu_store(out + (g + 2 * i) * VL, d[i] << 16);
-            vu_store(out + (g + 2 * i + 1) * VL, d[i] & 0xffff0000u);
+#pragma GCC unroll 8
+        for (int i = 0; i < VL / 2; i++) {
+            const int64_t at = (g + 2 * i) * VL;
+            vu_store(sc + at, d[i] << 16);
+            vu_store(sc + at + VL, d[i] & 0xffff0000u);
+            vu_store(bi + at, d[VL / 2 + i] << 16);
+            vu_store(bi + at + VL, d[VL / 2 + i] & 0xffff0000u);
         }
     }
 }
@@ -176,9 +190,8 @@ FM_INLINE void fast_numbers(const uint8_t *const *row, fm_quant format, int64_t 
 static __attribute__((unused, noinline)) void fast_scales(const fm_mat *W, const fast_tile *t, int64_t g0, int64_t n,
                                                           int64_t n_padded, float *sc, float *bi)
 {
-    if (W->scale_format == FM_QUANT_BF16 && n % 2 == 0) {
-        fast_pairs(t->scale, g0, n, n_padded, sc);
-        fast_pairs(t->bias, g0, n, n_padded, bi);
+    if (W->scale_format == FM_QUANT_BF16) {
+        fast_bf16(t, g0, n, n_padded, sc, bi);
     } else {
         fast_numbers(t->scale, W->scale_format, g0, n, n_padded, sc);
         fast_numbers(t->bias, W->scale_format, g0, n, n_padded, bi);
