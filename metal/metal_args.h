@@ -23,7 +23,8 @@ enum {
     FM_FC_SCALE = 2,  /* FM_FMT_F32, F16 or BF16 of scales and biases */
     FM_FC_VEC = 3,    /* 1: codes and their row stride are 16-byte aligned */
     FM_FC_GATED = 4,  /* 1: two matrices, out = silu(gate) * up */
-    FM_FC_DIM = 5     /* head_dim, or dk: sizes registers */
+    FM_FC_DIM = 5,    /* head_dim, or dk: sizes registers */
+    FM_FC_BYTES = 6   /* 1: areas may lie at any byte address (experts read in place from foreign files) */
 };
 
 /* Weight formats as the shaders number them: affine formats are their bits. */
@@ -58,7 +59,8 @@ enum {
     FM_ROUTE_MAX_GROUPS = 64
 };
 
-/* One matrix (or, gated, two of one shape) applied to rows of x. */
+/* One matrix (or, gated, two of one shape) applied to rows of x. Codes begin codes_at bytes past a
+ * pointer that is a multiple of 4; 0 unless FM_FC_BYTES. */
 typedef struct fm_metal_item {
     FM_PTR(const fm_u32) codes;
     FM_PTR(const unsigned char) scales;
@@ -72,8 +74,9 @@ typedef struct fm_metal_item {
     fm_u32 n;     /* rows of x */
     fm_u32 row0;  /* first entry in the row list, or first row of x without one */
     fm_u32 has_bias, add;
+    fm_u32 codes_at, up_at; /* 0..3 */
 } fm_metal_item;
-FM_ASSERT_SIZE(fm_metal_item, 88);
+FM_ASSERT_SIZE(fm_metal_item, 96);
 
 typedef struct fm_mat_args {
     fm_u32 n_cols, ldx;
@@ -84,8 +87,9 @@ FM_ASSERT_SIZE(fm_mat_args, 20);
 
 typedef struct fm_embed_args {
     fm_u32 n, n_cols, ldy, codes_stride, scales_stride;
+    fm_u32 codes_at; /* as in fm_metal_item */
 } fm_embed_args;
-FM_ASSERT_SIZE(fm_embed_args, 20);
+FM_ASSERT_SIZE(fm_embed_args, 24);
 
 typedef struct fm_norm_args {
     fm_u32 n_cols, ldx, ldy;

@@ -31,36 +31,38 @@ static fm_status kind_of(const fm_mat *W, mat_kind *out)
 {
     const fm_u32 format = format_of(W->format);
     const bool affine = fm_quant_get(W->format)->affine;
-    const int64_t unit = format == FM_FMT_F16 || format == FM_FMT_BF16 ? 2 : 4;
-    const int64_t scale_unit = W->scale_format == FM_QUANT_F32 ? 4 : 2;
-    if (format == 0 || ((uintptr_t)W->codes | (uintptr_t)W->codes_stride) % (uintptr_t)unit != 0)
-        return fm_fail(FM_ERR_UNSUPPORTED, "metal: %s codes at %p, rows of %lld bytes: must be multiples of %lld",
-                       fm_quant_get(W->format)->name, (const void *)W->codes, (long long)W->codes_stride,
-                       (long long)unit);
+    const uintptr_t unit = format == FM_FMT_F16 || format == FM_FMT_BF16 ? 2 : 4;
+    const uintptr_t scale_unit = W->scale_format == FM_QUANT_F32 ? 4 : 2;
+    const uintptr_t codes = (uintptr_t)W->codes | (uintptr_t)W->codes_stride;
+    const uintptr_t scales = (uintptr_t)W->scales | (uintptr_t)W->biases | (uintptr_t)W->scales_stride;
+    if (format == 0)
+        return fm_fail(FM_ERR_UNSUPPORTED, "metal: weights of format %s", fm_quant_get(W->format)->name);
     if (affine && W->n_cols % 32 != 0)
         return fm_fail(FM_ERR_UNSUPPORTED, "metal: %lld columns of %s: must be a multiple of 32",
                        (long long)W->n_cols, fm_quant_get(W->format)->name);
-    if (affine && ((uintptr_t)W->scales | (uintptr_t)W->biases) % (uintptr_t)scale_unit != 0)
-        return fm_fail(FM_ERR_UNSUPPORTED, "metal: scales at %p, biases at %p: must be multiples of %lld",
-                       (const void *)W->scales, (const void *)W->biases, (long long)scale_unit);
     memset(out, 0, sizeof *out);
     out->c.v[FM_FC_FORMAT] = format;
     if (affine) {
         out->c.v[FM_FC_GROUP] = (fm_u32)W->group;
         out->c.v[FM_FC_SCALE] = format_of(W->scale_format);
     }
-    out->c.v[FM_FC_VEC] = ((uintptr_t)W->codes | (uintptr_t)W->codes_stride) % 16 == 0;
+    out->c.v[FM_FC_VEC] = codes % 16 == 0;
+    out->c.v[FM_FC_BYTES] = codes % unit != 0 || (affine && scales % scale_unit != 0);
     out->n_cols = W->n_cols;
     out->codes_stride = W->codes_stride;
     out->scales_stride = affine ? W->scales_stride : 0;
     return FM_OK;
 }
 
-/* GPU addresses of a matrix's areas; plain formats name their codes three times. */
-static fm_status mat_address(fm_metal *m, const fm_mat *W, uint64_t *codes, uint64_t *scales, uint64_t *biases)
+/* GPU addresses of a matrix's areas; plain formats name their codes three times. Codes at any byte: the multiple of 4
+ * before them, and how far they lie past it. */
+static fm_status mat_address(fm_metal *m, const fm_mat *W, uint64_t *codes, fm_u32 *at, uint64_t *scales,
+                             uint64_t *biases)
 {
-    FM_TRY(fm_metal_address(m, W->codes, (size_t)(W->n_rows * W->codes_stride), "a weight's codes", codes));
-    *scales = *biases = *codes;
+    uint64_t p;
+    FM_TRY(fm_metal_address(m, W->codes, (size_t)(W->n_rows * W->codes_stride), "a weight's codes", &p));
+    *at = (fm_u32)(p % 4);
+    *codes = *scales = *biases = p - *at;
     if (!fm_quant_get(W->format)->affine)
         return FM_OK;
     const size_t bytes = (size_t)(W->n_rows * W->scales_stride);
@@ -110,7 +112,8 @@ fm_status fm_metal_embed(fm_backend *b, const fm_mat *W, const int32_t *ids, int
     FM_TRY(fm_metal_call_begin(m, "embed_rows", kind.c, &c));
     const bool affine = fm_quant_get(W->format)->affine;
     const int64_t scale_bytes = W->n_rows * kind.scales_stride;
-    FM_TRY(fm_metal_bind(&c, 0, W->codes, W->n_rows * W->codes_stride, "embedding codes"));
+    const int64_t at = (int64_t)((uintptr_t)W->codes % 4);
+    FM_TRY(fm_metal_bind(&c, 0, W->codes - at, W->n_rows * W->codes_stride + at, "embedding codes"));
     FM_TRY(fm_metal_bind(&c, 1, affine ? W->scales : W->codes, scale_bytes, "embedding scales"));
     FM_TRY(fm_metal_bind(&c, 2, affine ? W->biases : W->codes, scale_bytes, "embedding biases"));
     fm_metal_place place;
@@ -120,7 +123,7 @@ fm_status fm_metal_embed(fm_backend *b, const fm_mat *W, const int32_t *ids, int
     fm_metal_bind_place(&c, 3, place);
     FM_TRY(fm_metal_bind(&c, 4, y, ((n - 1) * ldy + W->n_cols) * 4, "embed y"));
     const fm_embed_args args = {(fm_u32)n, (fm_u32)W->n_cols, (fm_u32)ldy, (fm_u32)W->codes_stride,
-                                (fm_u32)kind.scales_stride};
+                                (fm_u32)kind.scales_stride, (fm_u32)at};
     fm_metal_bind_bytes(&c, 5, &args, sizeof args);
     fm_metal_run(&c, (W->n_cols + 255) / 256, n, 1, 256, 1);
     return FM_OK;
@@ -155,7 +158,7 @@ fm_status fm_metal_matmul(fm_backend *b, const float *x, int64_t ldx, int64_t n,
                 continue;
             done[i] = true;
             fm_metal_item t = {.n_out = (fm_u32)it->W->n_rows, .ldy = (fm_u32)it->ldy, .n = (fm_u32)n};
-            FM_TRY(mat_address(m, it->W, &t.codes, &t.scales, &t.biases));
+            FM_TRY(mat_address(m, it->W, &t.codes, &t.codes_at, &t.scales, &t.biases));
             const size_t y_bytes = (size_t)((n - 1) * it->ldy + it->W->n_rows) * 4;
             FM_TRY(fm_metal_address(m, it->y, y_bytes, "matmul y", &t.y));
             if (it->bias)
@@ -190,9 +193,9 @@ static fm_status expert_item(const expert_run *r, int j, phase p, fm_metal_item 
     float *y = p == PHASE_DOWN ? r->a->out : p == PHASE_UP ? r->a->up : r->a->gate;
     const int64_t ldy = p == PHASE_DOWN ? r->hidden : r->width;
     memset(t, 0, sizeof *t);
-    FM_TRY(mat_address(r->m, W, &t->codes, &t->scales, &t->biases));
+    FM_TRY(mat_address(r->m, W, &t->codes, &t->codes_at, &t->scales, &t->biases));
     if (p == PHASE_GATE_UP)
-        FM_TRY(mat_address(r->m, &job->up, &t->up_codes, &t->up_scales, &t->up_biases));
+        FM_TRY(mat_address(r->m, &job->up, &t->up_codes, &t->up_at, &t->up_scales, &t->up_biases));
     FM_TRY(fm_metal_address(r->m, y + job->out0 * ldy, (size_t)(job->n * ldy) * 4, "experts' output", &t->y));
     t->n_out = (fm_u32)W->n_rows;
     t->ldy = (fm_u32)ldy;

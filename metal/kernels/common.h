@@ -16,6 +16,7 @@ constant uint FC_SCALE [[function_constant(2)]];
 constant uint FC_VEC [[function_constant(3)]];
 constant uint FC_GATED [[function_constant(4)]];
 constant uint FC_DIM [[function_constant(5)]];
+constant uint FC_BYTES [[function_constant(6)]];
 
 inline float sigmoid(float x) {
     const float e = exp(-abs(x));
@@ -24,19 +25,24 @@ inline float sigmoid(float x) {
 
 inline float silu(float x) { return x * sigmoid(x); }
 
-// Element i of plain numbers; f16 and bf16 at 2-byte, f32 at 4-byte addresses.
+// Element i of plain numbers; at their natural addresses, or with FC_BYTES at any.
 inline float plain_at(device const uchar *p, uint format, uint i) {
+    if (FC_BYTES && format == FM_FMT_F32)
+        return as_type<float>(uint(p[4 * i]) | uint(p[4 * i + 1]) << 8 |
+                              uint(p[4 * i + 2]) << 16 | uint(p[4 * i + 3]) << 24);
     if (format == FM_FMT_F32)
         return ((device const float *)p)[i];
-    const ushort bits = ((device const ushort *)p)[i];
+    const ushort bits = FC_BYTES ? ushort(p[2 * i] | p[2 * i + 1] << 8)
+                                 : ((device const ushort *)p)[i];
     if (format == FM_FMT_BF16)
         return as_type<float>(uint(bits) << 16);
     return float(as_type<half>(bits));
 }
 
-// Code j of a row: FC_FORMAT bits from bit j * FC_FORMAT of a little-endian bit stream.
-inline float code_at(device const uint *row, uint j) {
-    const uint bit = j * FC_FORMAT, shift = bit % 32;
+// Code j of a row: FC_FORMAT bits from bit j * FC_FORMAT of a little-endian bit stream, which
+// begins `at` bytes past `row`.
+inline float code_at(device const uint *row, uint at, uint j) {
+    const uint bit = (FC_BYTES ? 8 * at : 0) + j * FC_FORMAT, shift = bit % 32;
     uint v = row[bit / 32] >> shift;
     if (shift + FC_FORMAT > 32)
         v |= row[bit / 32 + 1] << (32 - shift);
@@ -52,10 +58,17 @@ inline float code_of(thread const uint *w, uint j) {
     return float(v & ((1u << FC_FORMAT) - 1));
 }
 
-// Load the FC_FORMAT words of block b (32 codes) of a row.
-inline void load_block(device const uint *row, uint b, thread uint *w) {
+// Load the FC_FORMAT words of block b (32 codes) of a row that begins `at` bytes past `row`.
+inline void load_block(device const uint *row, uint at, uint b, thread uint *w) {
     device const uint *p = row + b * FC_FORMAT;
-    if (FC_VEC && FC_FORMAT == 4) {
+    if (FC_BYTES && at != 0) { // a word past the block holds its last bytes
+        uint low = p[0];
+        for (uint i = 0; i < FC_FORMAT; i++) {
+            const uint high = p[i + 1];
+            w[i] = low >> (8 * at) | high << (32 - 8 * at);
+            low = high;
+        }
+    } else if (FC_VEC && FC_FORMAT == 4) {
         const uint4 v = *(device const uint4 *)p;
         w[0] = v.x, w[1] = v.y, w[2] = v.z, w[3] = v.w;
     } else if (FC_VEC && FC_FORMAT == 8) {
@@ -72,17 +85,10 @@ inline void load_block(device const uint *row, uint b, thread uint *w) {
 }
 
 // Column c of affine row data: one rounding of scale * code + bias.
-inline float affine_at(device const uint *codes, device const uchar *scales,
+inline float affine_at(device const uint *codes, uint at, device const uchar *scales,
                        device const uchar *biases, uint c) {
     const float s = plain_at(scales, FC_SCALE, c / FC_GROUP);
-    return fma(code_at(codes, c), s, plain_at(biases, FC_SCALE, c / FC_GROUP));
-}
-
-inline float weight_at(device const uint *codes, device const uchar *scales,
-                       device const uchar *biases, uint c) {
-    if (FC_FORMAT >= FM_FMT_F16)
-        return plain_at((device const uchar *)codes, FC_FORMAT, c);
-    return affine_at(codes, scales, biases, c);
+    return fma(code_at(codes, at, c), s, plain_at(biases, FC_SCALE, c / FC_GROUP));
 }
 
 // Byte offsets in a device pointer of any type.

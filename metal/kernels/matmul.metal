@@ -37,20 +37,20 @@ inline void load_w(device const fm_metal_item &it, constant fm_mat_args &a, uint
     if (FC_FORMAT >= FM_FMT_F16) {
         for (uint c = 0; c < 8; c++)
             to[c] = k0 + c0 + c < a.n_cols
-                        ? plain_at((device const uchar *)codes, FC_FORMAT, k0 + c0 + c)
+                        ? plain_at((device const uchar *)codes + it.codes_at, FC_FORMAT, k0 + c0 + c)
                         : 0.0f;
         return;
     }
     const uint g = (k0 + c0) / FC_GROUP; // 8 columns never cross a group
     const float s = plain_at(it.scales + ulong(r) * a.scales_stride, FC_SCALE, g);
     const float b = plain_at(it.biases + ulong(r) * a.scales_stride, FC_SCALE, g);
-    if (FC_FORMAT == 4) {
+    if (FC_FORMAT == 4 && !FC_BYTES) {
         const uint w = codes[(k0 + c0) / 8];
         for (uint c = 0; c < 8; c++)
             to[c] = fma(float(w >> (4 * c) & 15u), s, b);
     } else {
         for (uint c = 0; c < 8; c++)
-            to[c] = fma(code_at(codes, k0 + c0 + c), s, b);
+            to[c] = fma(code_at(codes, it.codes_at, k0 + c0 + c), s, b);
     }
 }
 

@@ -7,11 +7,11 @@
 #include "common.h"
 
 // One block's share: w words, x in registers, x_sum its halves' sums.
-inline float affine_block(device const uint *codes, device const uchar *scales,
+inline float affine_block(device const uint *codes, uint at, device const uchar *scales,
                           device const uchar *biases, uint b, thread const float *x,
                           thread const float *x_sum) {
     uint w[8];
-    load_block(codes, b, w);
+    load_block(codes, at, b, w);
     float lo = 0.0f, hi = 0.0f;
 #pragma unroll
     for (uint j = 0; j < 16; j++) {
@@ -41,11 +41,11 @@ inline void affine_rows(device const fm_metal_item &it, constant fm_mat_args &a,
 #pragma unroll
         for (uint r = 0; r < FM_MV_ROWS; r++) {
             const ulong row = min(r0 + r, it.n_out - 1); // a row past the end is not stored
-            acc[r] += affine_block(row_of(it.codes, row * a.codes_stride),
+            acc[r] += affine_block(row_of(it.codes, row * a.codes_stride), it.codes_at,
                                    it.scales + row * a.scales_stride,
                                    it.biases + row * a.scales_stride, b, v, sum);
             if (FC_GATED)
-                acc_up[r] += affine_block(row_of(it.up_codes, row * a.codes_stride),
+                acc_up[r] += affine_block(row_of(it.up_codes, row * a.codes_stride), it.up_at,
                                           it.up_scales + row * a.scales_stride,
                                           it.up_biases + row * a.scales_stride, b, v, sum);
         }
@@ -53,8 +53,9 @@ inline void affine_rows(device const fm_metal_item &it, constant fm_mat_args &a,
 }
 
 // Four plain numbers; vector loads when the host knows that they are aligned.
-inline float4 plain4(device const uint *row, uint c) {
-    if (FC_FORMAT == FM_FMT_F32)
+inline float4 plain4(device const uchar *p, uint c) {
+    device const uint *row = (device const uint *)p;
+    if (FC_FORMAT == FM_FMT_F32 && !FC_BYTES)
         return FC_VEC ? *(device const float4 *)(row + c)
                       : float4(*(device const packed_float4 *)(row + c));
     if (FC_VEC) {
@@ -63,19 +64,17 @@ inline float4 plain4(device const uint *row, uint c) {
             return as_type<float4>(uint4(u) << 16);
         return float4(as_type<half4>(u));
     }
-    device const uchar *p = (device const uchar *)row;
     return float4(plain_at(p, FC_FORMAT, c), plain_at(p, FC_FORMAT, c + 1),
                   plain_at(p, FC_FORMAT, c + 2), plain_at(p, FC_FORMAT, c + 3));
 }
 
-inline float plain_dot(device const uint *row, device const float *x, uint n, uint lane) {
+inline float plain_dot(device const uchar *row, device const float *x, uint n, uint lane) {
     float4 sum = float4(0.0f);
     for (uint c = lane * 4; c + 4 <= n; c += 4 * FM_WIDTH)
         sum = fma(plain4(row, c), float4(*(device const packed_float4 *)(x + c)), sum);
     float s = (sum.x + sum.y) + (sum.z + sum.w);
     if (lane < n % 4)
-        s = fma(plain_at((device const uchar *)row, FC_FORMAT, n - n % 4 + lane),
-                x[n - n % 4 + lane], s);
+        s = fma(plain_at(row, FC_FORMAT, n - n % 4 + lane), x[n - n % 4 + lane], s);
     return s;
 }
 
@@ -99,9 +98,11 @@ kernel void mat_vec(device const fm_metal_item *items [[buffer(0)]],
     } else {
         for (uint r = 0; r < FM_MV_ROWS; r++) {
             const ulong row = min(r0 + r, it.n_out - 1);
-            acc[r] = plain_dot(row_of(it.codes, row * a.codes_stride), x, a.n_cols, lane);
+            const ulong up = row * a.codes_stride + it.up_at;
+            acc[r] = plain_dot((device const uchar *)it.codes + row * a.codes_stride + it.codes_at,
+                               x, a.n_cols, lane);
             if (FC_GATED)
-                acc_up[r] = plain_dot(row_of(it.up_codes, row * a.codes_stride), x, a.n_cols, lane);
+                acc_up[r] = plain_dot((device const uchar *)it.up_codes + up, x, a.n_cols, lane);
         }
     }
     device float *y = it.y + ulong(t) * it.ldy;
@@ -129,7 +130,10 @@ kernel void embed_rows(device const uint *codes [[buffer(0)]],
     if (at.x >= a.n_cols || at.y >= a.n)
         return;
     const ulong row = uint(ids[at.y]);
+    device const uint *c = row_of(codes, row * a.codes_stride);
     y[ulong(at.y) * a.ldy + at.x] =
-        weight_at(row_of(codes, row * a.codes_stride), scales + row * a.scales_stride,
-                  biases + row * a.scales_stride, at.x);
+        FC_FORMAT >= FM_FMT_F16
+            ? plain_at((device const uchar *)c + a.codes_at, FC_FORMAT, at.x)
+            : affine_at(c, a.codes_at, scales + row * a.scales_stride,
+                        biases + row * a.scales_stride, at.x);
 }

@@ -83,10 +83,9 @@ def near(got, exact, bound):
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_matmul(both, fmt, n):
     rng = np.random.default_rng(n)
-    for n_out, n_cols, skip in ((1, 32, 0), (33, 65, 4), (50, 127, 64)):
+    for n_out, n_cols, skip in ((1, 32, 0), (33, 65, 4), (50, 127, 64), (9, 64, 3)):
         w = Matrix(rng, n_out, cols_for(fmt, n_cols), fmt, 32)
         x = rand(rng, n, w.shape[1] + 3)
-        skip = 0 if fmt in ("f16", "bf16") else skip
 
         def setup(b, y, w=w, x=x, skip=skip):
             m, xb = put(b, w, skip), b.array(x)
@@ -125,15 +124,16 @@ def test_matmul_mixed_items(both, n):
     near(metal[-1], exact, 2.0**-19 * (np.abs(start) + np.abs(x) @ np.abs(ws[0].values.T)))
 
 
+@pytest.mark.parametrize("skip", [0, 1, 2])
 @pytest.mark.parametrize("fmt", FORMATS)
-def test_embed(both, fmt):
+def test_embed(both, fmt, skip):
     rng = np.random.default_rng(4)
     w = Matrix(rng, 13, cols_for(fmt, 127), fmt, 32)
     ids = np.array([12, 0, 5, 5], np.int32)
 
     def setup(b, y):
         copy = ids.copy()
-        b.embed(C.byref(put(b, w)), copy.ctypes.data, 4, y.ctypes.data, y.shape[1])
+        b.embed(C.byref(put(b, w, skip)), copy.ctypes.data, 4, y.ctypes.data, y.shape[1])
         copy[:] = -1  # the ids belong to the caller again once the call returns
 
     cpu, metal = both.run(setup, (4, w.shape[1] + 1))
@@ -158,7 +158,7 @@ def test_experts(both, fmt, counts):
     n_part = sum(counts) + 2
 
     def setup(b, out):
-        mats = [[put(b, w) for w in e] for e in ws]
+        mats = [[put(b, w, 3 * i) for w in e] for i, e in enumerate(ws)]  # every alignment
         xb, gate, up = b.array(x), b.empty((n_part, width)), b.empty((n_part, width))
         jobs, at = (H.ExpertJob * len(counts))(), 1
         for job, mat, rows in zip(jobs, mats, rows_of):

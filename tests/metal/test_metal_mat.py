@@ -23,14 +23,17 @@ def lib(name):
 
 
 def constants(w, vec=0, gated=0):
+    unit = 2 if w.fmt in ("f16", "bf16") else 4
+    anywhere = w.codes.ctypes.data % unit != 0  # as the host decides it
     return {"FC_FORMAT": FMT[w.fmt], "FC_GROUP": w.group, "FC_SCALE": FMT[w.scale], "FC_VEC": vec,
-                "FC_GATED": gated}  # fmt: skip
+            "FC_GATED": gated, "FC_BYTES": int(anywhere)}  # fmt: skip
 
 
 def item(w, y, up=None, bias=None, n=1, row0=0, add=0, n_out=None):
     up = up or w
-    return args("fm_metal_item", codes=w.codes.ctypes.data, scales=w.scales.ctypes.data,
-                biases=w.biases.ctypes.data, up_codes=up.codes.ctypes.data,
+    codes, ups = w.codes.ctypes.data, up.codes.ctypes.data
+    return args("fm_metal_item", codes=codes & ~3, codes_at=codes & 3, up_codes=ups & ~3,
+                up_at=ups & 3, scales=w.scales.ctypes.data, biases=w.biases.ctypes.data,
                 up_scales=up.scales.ctypes.data, up_biases=up.biases.ctypes.data,
                 bias=0 if bias is None else bias.ctypes.data, y=y.ctypes.data,
                 n_out=n_out or w.shape[0], ldy=y.shape[1], n=n, row0=row0,
@@ -113,6 +116,21 @@ def test_vector_loads(fmt):
     assert np.array_equal(*out)
 
 
+@pytest.mark.parametrize("fmt", FORMATS)
+@pytest.mark.parametrize("skip", [1, 2, 3])
+def test_any_address(fmt, skip):
+    """Areas of foreign files begin anywhere: FC_BYTES, in all three kernels, gated too."""
+    rng = np.random.default_rng(skip)
+    w, up = (Matrix(rng, 11, cols_for(fmt, 127), fmt, 32).aligned(skip) for _ in range(2))
+    x, y = f32(rng, 3, w.shape[1]), np.full((3, 11), np.nan, np.float32)
+    for kernel in ("mat_vec", "mat_mul"):
+        run_mat(kernel, [item(w, y, n=3)], w, x)
+        check(y, w, x)
+    run_mat("mat_vec", [item(w, y, up=up, n=3)], w, x, gated=1)
+    gate, other = (x.astype(np.float64) @ m.values.T for m in (w, up))
+    assert np.allclose(y, silu(gate) * other, rtol=1e-4, atol=1e-3)
+
+
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("n", SIZES)
 def test_ragged_rows(n, order):
@@ -189,7 +207,7 @@ def test_plain_odd(n_out, n_cols):
     check(y, w, x)
 
 
-SUBSET = "test_items or (test_formats and 33-127) or (test_gated and not rev) or (test_embed and 3)"
+SUBSET = "test_items or (test_any_address and 3) or (test_formats and 33-127) or (test_gated and not rev) or (test_embed and 3)"
 
 
 @in_child
