@@ -1,8 +1,8 @@
 """CPU kernels from Python, and the C kernel tests of other instruction sets.
 
-The kernels' bounds are checked against float64 in ``tests/c/test_kernels*.c``, which ``test_c.py``
-runs, for every variant of this machine. Here: variants seen from Python agree with an oracle that shares
-no code with the core, and Arm's variants run under an emulator.
+The kernels' bounds are checked against float64 in ``tests/c/test_kernels*.c``, which
+``test_c.py`` runs, for every variant of this machine. Here: variants seen from Python agree with an
+oracle that shares no code with the core, and Arm's variants run under an emulator.
 """
 
 from __future__ import annotations
