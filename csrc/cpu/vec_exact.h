@@ -41,6 +41,7 @@ FM_INLINE void exact_affine(const fm_mat *W, const uint8_t *code, const uint8_t 
 {
     const int64_t size = W->scale_format == FM_QUANT_F32 ? 4 : 2;
     const v_cut cut = v_cut_make(bits);
+    const int shift = __builtin_ctz((unsigned)W->group); /* a power of two; dividing would cost more than all else */
     for (int64_t c = 0; c < n; c += VB) {
         uint8_t u[VB];
         const vb codes = v_unpack(&cut, code + c * bits / 8, have - c * bits / 8);
@@ -49,7 +50,7 @@ FM_INLINE void exact_affine(const fm_mat *W, const uint8_t *code, const uint8_t 
         for (int j = 0; j < VB; j += 16) { /* groups are whole sixteens */
             if (c + j >= n)
                 break;
-            const int64_t g = (c + j) / W->group * size;
+            const int64_t g = ((c + j) >> shift) * size;
             const vf s = vf_set(exact_number(scale + g, W->scale_format));
             const vf b = vf_set(exact_number(bias + g, W->scale_format));
 #pragma GCC unroll 4
