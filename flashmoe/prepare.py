@@ -25,6 +25,8 @@ __all__ = ["Prepared", "expert_format", "prepare"]
 
 CONTEXT = 4096
 NUMERICS = ("exact", "fast")
+FAST_HIDDEN = 1024
+"""From this width on ``numeric="auto"`` is fast: below, products take no time worth saving."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,7 @@ def prepare(
     context: int | None = None,
     backend: str = "auto",
     prefill_chunk: int | None = None,
-    numeric: str = "exact",
+    numeric: str = "auto",
     lookahead: int = 0,
     cache_policy: str = "lru",
 ) -> Prepared:
@@ -76,7 +78,7 @@ def prepare(
     methods = [m for m in _core.io_methods() if m != "fault"]
     _choice("io", io, ("auto", "direct", *methods))
     _choice("backend", backend, ("auto", *_core.backends()))
-    _choice("numeric", numeric, NUMERICS)
+    _choice("numeric", numeric, ("auto", *NUMERICS))
     _choice("cache_policy", cache_policy, tuple(_core.cache_policies()))
     n_threads = cpu_count() if threads is None else _integer("threads", threads, 1, 4096)
     desc = open_checkpoint(default_model() if path is None else Path(path).expanduser())
@@ -94,6 +96,9 @@ def prepare(
     )
     if prefill_chunk is not None:
         prefill_chunk = _integer("prefill_chunk", prefill_chunk, 1, 1 << 20)
+    if numeric == "auto":
+        wide = int(config["hidden_size"]) >= FAST_HIDDEN
+        numeric = "fast" if wide and "affine" in expert_format(desc) else "exact"
     opts = {
         "context": n_context,
         "experts_per_token": k,

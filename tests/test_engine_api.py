@@ -628,3 +628,19 @@ def test_exports():
     with pytest.raises(AttributeError, match="nonsense"):
         flashmoe.nonsense  # noqa: B018
     assert SamplingConfig().max_tokens == 256
+
+
+def test_numeric_mode_follows_format_and_width(tmp_path):
+    from make_synthetic import make
+
+    make(tmp_path / "wide", hidden=1024, layers=4, experts=4, top_k=2, width=64, vocab=64)
+    make(tmp_path / "narrow", hidden=512, layers=4, experts=4, top_k=2, width=64, vocab=64)
+    make(tmp_path / "plain", form="hf", hidden=1024, layers=4, experts=4, top_k=2, width=64, vocab=64)
+    modes = {}
+    for name in ("wide", "narrow", "plain"):
+        with Engine(tmp_path / name) as engine:
+            modes[name] = engine.plan.numeric
+            assert engine.info["numeric"] == modes[name]
+    assert modes == {"wide": "fast", "narrow": "exact", "plain": "exact"}
+    with Engine(tmp_path / "wide", numeric="exact") as engine:
+        assert engine.plan.numeric == "exact"

@@ -86,7 +86,7 @@ def generate(
     experts_per_token: opt.ExpertsPerToken = None,
     prefill_chunk: opt.PrefillChunk = None,
     backend: opt.Backend = "auto",
-    numeric: opt.Numeric = "exact",
+    numeric: opt.Numeric = "auto",
     lookahead: opt.Lookahead = 0,
     cache_policy: opt.CachePolicy = "lru",
     json: opt.Json = False,

@@ -37,7 +37,11 @@ Io = Annotated[
     typer.Option(help="auto; direct or uring, around the page cache; pread or mmap, through it."),
 ]
 Numeric = Annotated[
-    str, typer.Option(help="exact, or fast: activations rounded to int8 in quantised products.")
+    str,
+    typer.Option(
+        help="exact; fast: activations rounded to int8 in quantised products; auto: fast for large "
+        "quantised models."
+    ),
 ]
 Lookahead = Annotated[
     int, typer.Option(help="Experts per token read on a guess for the next layer.")
