@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import re
 import sys
 import sysconfig
@@ -36,8 +37,29 @@ if os.environ.get("FLASHMOE_WERROR") == "1":
     CXX_FLAGS.append("-Werror")
 # The tests also run the sampler with bounds checks on (FLASHMOE_BOUNDSCHECK=1).
 BOUNDSCHECK = os.environ.get("FLASHMOE_BOUNDSCHECK") == "1"
-# Metal (metal/*.m, Darwin only) joins CORE_SOURCES and LINK_ARGS here.
 LINK_ARGS = ["-pthread"]
+INCLUDE_DIRS = ["csrc"]
+
+
+def add_metal():
+    """Put the Metal backend into the build, its shaders as text: Apple silicon only."""
+    sys.path.insert(0, str(ROOT / "metal"))
+    import embed
+
+    shaders = Path("build/metal/metal_source.c")
+    shaders.parent.mkdir(parents=True, exist_ok=True)
+    text = embed.as_c(embed.source())
+    if not shaders.exists() or shaders.read_text() != text:
+        shaders.write_text(text)
+    CORE_SOURCES.extend([*sorted(glob("metal/*.m")), str(shaders)])
+    HEADERS.extend(sorted(glob("metal/*.h")))
+    INCLUDE_DIRS.append("metal")
+    MACROS.append(("FM_HAVE_METAL", "1"))
+    LINK_ARGS.extend(["-framework", "Metal", "-framework", "Foundation"])
+
+
+if sys.platform == "darwin" and platform.machine() == "arm64":
+    add_metal()
 
 
 class BuildCore(build_clib):
@@ -74,7 +96,7 @@ core = (
     "flashmoe_core",
     {
         "sources": CORE_SOURCES,
-        "include_dirs": ["csrc"],
+        "include_dirs": INCLUDE_DIRS,
         "macros": MACROS,
         "cflags": C_FLAGS,
     },

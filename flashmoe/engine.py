@@ -50,15 +50,13 @@ class Engine:
     context : int or None
         Tokens a session can hold; None is the model's limit, at most 4096.
     backend : str
-        ``"auto"`` or ``"cpu"``.
+        ``"cpu"``, or ``"metal"`` (``docs/metal.md``); ``"auto"`` is the CPU.
     prefill_chunk : int or None
-        Tokens per forward while reading a prompt; None is 512, less when memory is tight, more
-        (up to 4096) where experts are streamed and memory allows.
+        Tokens per forward while reading a prompt; None is 16 to 4096, by memory and streaming.
     numeric : str
-        ``"exact"``: float32 activations.  ``"fast"``: activations rounded to int8 in blocks in
-        products with quantised weights (``docs/kernels.md`` states the error).  ``"auto"``: fast
-        for quantised models with a hidden size of at least 1024, where it is several times faster;
-        exact for others, which gain nothing.
+        ``"exact"``: float32 activations.  ``"fast"``: rounded to int8 in blocks for products with
+        quantised weights (``docs/kernels.md``).  ``"auto"``: fast for quantised models of hidden
+        size >= 1024, where it is several times faster; exact for others.
     lookahead : int
         Experts per token read on a guess for the next layer; 0 reads none.  Never changes a result.
     cache_policy : str
