@@ -8,13 +8,12 @@
 #include "cpu/vec.h"
 
 #if FM_VEC_ISA == FM_VEC_AVX2
-enum { EX_TB = 2 };
+enum { EX_RB = 4, EX_TB = 2 }; /* weight rows and rows of x of a block: 8 sums of 16 registers */
 #else
-enum { EX_TB = 4 };
+enum { EX_RB = 8, EX_TB = 3 }; /* 24 of 32 */
 #endif
 enum {
-    EX_RB = 4,   /* weight rows of a block */
-    EX_KB = 512, /* decoded columns of a block: 8 KiB, stays in L1 */
+    EX_KB = 512, /* decoded columns of a block: 16 KiB at most, stays in L1 */
     EX_NB = 32,  /* rows of x per decoded block */
 };
 
@@ -46,13 +45,16 @@ FM_INLINE void exact_affine(const fm_mat *W, const uint8_t *code, const uint8_t 
         uint8_t u[VB];
         const vb codes = v_unpack(&cut, code + c * bits / 8, have - c * bits / 8);
         memcpy(u, &codes, sizeof u);
+        vf s = {0}, b = {0};
 #pragma GCC unroll 4
         for (int j = 0; j < VB; j += 16) { /* groups are whole sixteens */
             if (c + j >= n)
                 break;
-            const int64_t g = ((c + j) >> shift) * size;
-            const vf s = vf_set(exact_number(scale + g, W->scale_format));
-            const vf b = vf_set(exact_number(bias + g, W->scale_format));
+            if (((c + j) & (W->group - 1)) == 0 || j == 0) {
+                const int64_t g = ((c + j) >> shift) * size;
+                s = vf_set(exact_number(scale + g, W->scale_format));
+                b = vf_set(exact_number(bias + g, W->scale_format));
+            }
 #pragma GCC unroll 4
             for (int i = j; i < j + 16; i += VL)
                 vf_store(w + c + i, vf_fma(vf_from_u8(u + i), s, b));
@@ -132,9 +134,6 @@ FM_INLINE void exact_rows(const fm_act *a, int64_t i, int64_t nb, int64_t k0, in
         switch (T) {
         case 1: exact_block(w, x, kn, acc + t, 1); break;
         case 2: exact_block(w, x, kn, acc + t, 2); break;
-#if FM_VEC_ISA != FM_VEC_AVX2
-        case 3: exact_block(w, x, kn, acc + t, 3); break;
-#endif
         default: exact_block(w, x, kn, acc + t, EX_TB); break;
         }
     }

@@ -44,12 +44,29 @@ FM_INLINE vf vf_from_u8(const uint8_t *p)
     return (vf){(float)p[0], (float)p[1], (float)p[2], (float)p[3]};
 }
 
+/* Older clangs declare these intrinsics only when the whole file is compiled for the extension; their assembler goes
+ * by the function's target. */
+#if defined(__clang__)
+FM_INLINE vi dot_signed(vi acc, vu u, vi s)
+{
+    __asm__("sdot %0.4s, %1.16b, %2.16b" : "+w"(acc) : "w"(u), "w"(s));
+    return acc;
+}
+#else
+FM_INLINE vi dot_signed(vi acc, vu u, vi s) { return (vi)vdotq_s32((int32x4_t)acc, (int8x16_t)u, (int8x16_t)s); }
+#endif
+
 #if defined(FM_VEC_I8MM)
 #define VI_DP_SPLITS 0
 FM_INLINE vi vi_dp(vi acc, vu u, vi s, bool wide)
 {
     (void)wide;
+#if defined(__clang__)
+    __asm__("usdot %0.4s, %1.16b, %2.16b" : "+w"(acc) : "w"(u), "w"(s));
+    return acc;
+#else
     return (vi)vusdotq_s32((int32x4_t)acc, (uint8x16_t)u, (int8x16_t)s);
+#endif
 }
 #else
 /* sdot takes signed bytes: codes below 128 are the same signed, of wider ones the top bit is added by itself. */
@@ -57,10 +74,8 @@ FM_INLINE vi vi_dp(vi acc, vu u, vi s, bool wide)
 FM_INLINE vi vi_dp(vi acc, vu u, vi s, bool wide)
 {
     if (!wide)
-        return (vi)vdotq_s32((int32x4_t)acc, (int8x16_t)u, (int8x16_t)s);
-    const vi low = (vi)vdotq_s32((int32x4_t)acc, (int8x16_t)(u & 0x7f7f7f7f), (int8x16_t)s);
-    const vi top = (vi)vdotq_s32(vdupq_n_s32(0), (int8x16_t)((u >> 7) & 0x01010101), (int8x16_t)s);
-    return low + top * 128;
+        return dot_signed(acc, u, s);
+    return dot_signed(acc, u & 0x7f7f7f7f, s) + dot_signed((vi){0}, (u >> 7) & 0x01010101, s) * 128;
 }
 #endif
 
