@@ -41,6 +41,7 @@ typedef struct fm_matmul_item {
     float *y;          /* [n, n_rows], rows ldy apart; not x */
     int64_t ldy;
     bool add;          /* y += instead of y = */
+    bool exact;        /* f32 activations whatever the numeric mode: routers and gates, where rounding decides */
 } fm_matmul_item;
 
 /* A sequence's share of the batch: rows row0 .. row0+n, positions pos0 .. pos0+n. */

@@ -8,7 +8,7 @@
 
 typedef struct cpu_backend {
     fm_backend base;
-    const fm_kernels *k;
+    const fm_kernels *k, *exact; /* of the chosen numeric mode; of mode exact */
     fm_pool *pool;
     void *act; /* grows to the largest input seen; sized by the planning pass, see reserve() */
     size_t act_bytes;
@@ -220,7 +220,7 @@ static int64_t mat_block(const fm_mat *W, int64_t n, int n_threads)
 }
 
 typedef struct matmul_ctx {
-    const fm_kernels *k;
+    const fm_kernels *k, *exact;
     const fm_act *act;
     const fm_matmul_item *items;
     const int64_t *first_task; /* [n_items + 1] */
@@ -242,7 +242,8 @@ static void matmul_task(void *p, int64_t task, int worker)
     const int64_t r1 = r0 + a->block[i] < it->W->n_rows ? r0 + a->block[i] : it->W->n_rows;
     float *y = it->add ? a->temp : it->y;
     const int64_t ldy = it->add ? it->W->n_rows : it->ldy;
-    a->k->matmul[it->W->format](it->W, a->act, a->n, y, ldy, r0, r1);
+    const fm_kernels *k = it->exact ? a->exact : a->k;
+    k->matmul[it->W->format](it->W, a->act, a->n, y, ldy, r0, r1);
     for (int64_t t = 0; t < a->n && (it->add || it->bias); t++)
         for (int64_t r = r0; r < r1; r++) {
             const float v = y[t * ldy + r] + (it->bias ? it->bias[r] : 0);
@@ -259,7 +260,11 @@ static fm_status cpu_matmul(fm_backend *b, const float *x, int64_t ldx, int64_t 
     if (n_items > MAX_ITEMS)
         return fm_fail(FM_ERR_ARG, "matmul: %d matrices in one call, at most %d", n_items, MAX_ITEMS);
     fm_act act = {.x = x, .ldx = ldx, .n_cols = items[0].W->n_cols};
-    FM_TRY(prepare(c, &act, n));
+    bool all_exact = true;
+    for (int i = 0; i < n_items; i++)
+        all_exact &= items[i].exact;
+    if (!all_exact)
+        FM_TRY(prepare(c, &act, n));
     int64_t first[MAX_ITEMS + 1] = {0}, block[MAX_ITEMS];
     for (int i = 0; i < n_items; i++) {
         block[i] = mat_block(items[i].W, n, fm_pool_threads(c->pool));
@@ -269,7 +274,7 @@ static fm_status cpu_matmul(fm_backend *b, const float *x, int64_t ldx, int64_t 
         if (items[i].add)
             FM_TRY(reserve((void **)&c->temp, &c->temp_bytes, (size_t)(n * items[i].W->n_rows) * sizeof(float)));
     }
-    matmul_ctx a = {c->k, &act, items, first, block, n_items, n, c->temp};
+    matmul_ctx a = {c->k, c->exact, &act, items, first, block, n_items, n, c->temp};
     fm_parallel_for(c->pool, first[n_items], matmul_task, &a);
     return FM_OK;
 }
@@ -532,12 +537,15 @@ fm_status fm_backend_open_cpu(const fm_backend_opts *opts, fm_backend **out)
 {
     *out = NULL;
     const fm_kernels *k;
+    const fm_kernels *exact;
     FM_TRY(fm_kernels_get_numeric(opts->numeric, &k));
+    FM_TRY(fm_kernels_get(&exact));
     void *p;
     FM_TRY(fm_alloc(sizeof(cpu_backend), &p));
     cpu_backend *c = p;
     c->base.v = &cpu_vtable;
     c->k = k;
+    c->exact = exact;
     c->pool = opts->pool;
     *out = &c->base;
     return FM_OK;

@@ -40,9 +40,9 @@ fm_status fm_block_attn(fm_model *m, const fm_batch *b, int32_t layer)
     const int64_t ld_q = fm_arch_dim(c, FM_DIM_Q), kv = fm_arch_dim(c, FM_DIM_KV), attn = fm_arch_dim(c, FM_DIM_ATTN);
     const int64_t ld_head = c->attn_output_gate ? 2 * hd : hd;
     const fm_matmul_item in[] = {
-        {y->q, y->q_bias, s->q, ld_q, false},
-        {y->k, y->k_bias, s->k, kv, false},
-        {y->v, y->v_bias, s->v, kv, false},
+        {y->q, y->q_bias, s->q, ld_q, false, false},
+        {y->k, y->k_bias, s->k, kv, false, false},
+        {y->v, y->v_bias, s->v, kv, false, false},
     };
     FM_TRY(v->matmul(m->be, s->h, H, n, in, FM_COUNT(in)));
     FM_TRY(norm_heads(m, y, n, ld_q, ld_head));
@@ -78,7 +78,7 @@ fm_status fm_block_attn(fm_model *m, const fm_batch *b, int32_t layer)
         .n_spans = b->n_spans,
     };
     FM_TRY(v->attention(m->be, &a));
-    const fm_matmul_item out = {y->o, y->o_bias, s->x, H, true};
+    const fm_matmul_item out = {y->o, y->o_bias, s->x, H, true, false};
     FM_TRY(v->matmul(m->be, s->attn, attn, n, &out, 1));
     FM_PHASE_END(m, attention, layer, t0);
     return FM_OK;

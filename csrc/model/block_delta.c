@@ -22,10 +22,10 @@ fm_status fm_block_delta(fm_model *m, const fm_batch *b, int32_t layer)
     const int64_t t0 = fm_clock_ns(), n = b->n_rows, H = c->hidden_size, hv = c->linear_num_value_heads;
     const int64_t C = fm_config_conv_dim(c), V = fm_config_value_dim(c);
     const fm_matmul_item in[] = {
-        {y->qkv, NULL, s->qkv, C, false},
-        {y->z, NULL, s->z, V, false},
-        {y->b, NULL, s->b, hv, false},
-        {y->a, NULL, s->a, hv, false},
+        {y->qkv, NULL, s->qkv, C, false, false},
+        {y->z, NULL, s->z, V, false, false},
+        {y->b, NULL, s->b, hv, false, true},
+        {y->a, NULL, s->a, hv, false, true},
     };
     FM_TRY(v->matmul(m->be, s->h, H, n, in, FM_COUNT(in)));
     for (int i = 0; i < b->n_spans; i++) {
@@ -76,7 +76,7 @@ fm_status fm_block_delta(fm_model *m, const fm_batch *b, int32_t layer)
         .n_spans = b->n_spans,
     };
     FM_TRY(v->delta(m->be, &d));
-    const fm_matmul_item out = {y->out, NULL, s->x, H, true};
+    const fm_matmul_item out = {y->out, NULL, s->x, H, true, false};
     FM_TRY(v->matmul(m->be, s->delta, V, n, &out, 1));
     FM_PHASE_END(m, delta, layer, t0);
     return FM_OK;

@@ -237,7 +237,7 @@ static fm_status route(fm_model *m, const fm_batch *b, const fm_layer *y, int32_
     const fm_backend_vtable *v = m->be->v;
     const fm_scratch *s = &m->s;
     const int64_t t0 = fm_clock_ns(), n = b->n_rows, E = c->num_experts, k = m->k;
-    const fm_matmul_item router = {y->router, NULL, s->router, E, false};
+    const fm_matmul_item router = {y->router, NULL, s->router, E, false, true};
     FM_TRY(v->matmul(m->be, s->h, c->hidden_size, n, &router, 1));
     const fm_route_args a = route_args(m, y);
     FM_TRY(v->route(m->be, &a, s->router, n, s->route_ids, s->route_w));
@@ -258,13 +258,13 @@ static fm_status shared_expert(fm_model *m, const fm_batch *b, const fm_layer *y
     const fm_scratch *s = &m->s;
     const int64_t t0 = fm_clock_ns(), n = b->n_rows, H = m->c.hidden_size, Is = m->c.shared_expert_intermediate_size;
     const fm_matmul_item in[] = {
-        {y->shared_gate_proj, NULL, s->shared_g, Is, false},
-        {y->shared_up_proj, NULL, s->shared_u, Is, false},
-        {y->shared_gate, NULL, s->shared_gate, 1, false},
+        {y->shared_gate_proj, NULL, s->shared_g, Is, false, false},
+        {y->shared_up_proj, NULL, s->shared_u, Is, false, false},
+        {y->shared_gate, NULL, s->shared_gate, 1, false, true},
     };
     FM_TRY(v->matmul(m->be, s->h, H, n, in, y->shared_gate ? 3 : 2));
     FM_TRY(v->swiglu(m->be, s->shared_g, s->shared_u, s->shared_g, n * Is));
-    const fm_matmul_item out = {y->shared_down_proj, NULL, s->shared_y, H, false};
+    const fm_matmul_item out = {y->shared_down_proj, NULL, s->shared_y, H, false, false};
     FM_TRY(v->matmul(m->be, s->shared_g, Is, n, &out, 1));
     FM_PHASE_END(m, shared, layer, t0);
     return FM_OK;
@@ -379,7 +379,7 @@ static fm_status guess_routed(fm_model *m, const fm_batch *b, int32_t layer)
     struct fm_wave *w = m->wave;
     const int64_t H = c->hidden_size, n = b->n_rows, take = m->lookahead < m->k ? m->lookahead : m->k;
     FM_TRY(v->rmsnorm(m->be, s->x, H, y->post_norm, (float)c->rms_norm_eps, s->h, H, n, H));
-    const fm_matmul_item router = {y->router, NULL, s->router, c->num_experts, false};
+    const fm_matmul_item router = {y->router, NULL, s->router, c->num_experts, false, true};
     FM_TRY(v->matmul(m->be, s->h, H, n, &router, 1));
     const fm_route_args a = route_args(m, y);
     FM_TRY(v->route(m->be, &a, s->router, n, s->route_ids, s->route_w));

@@ -234,7 +234,7 @@ static fm_status head_rows(fm_model *m, int64_t n, float *const *to)
     const int64_t H = m->c.hidden_size, V = m->c.vocab_size;
     for (int64_t r = 0; r < n; r += m->s.logit_rows) {
         const int64_t rows = n - r < m->s.logit_rows ? n - r : m->s.logit_rows;
-        const fm_matmul_item item = {m->head, NULL, m->s.logits, V, false};
+        const fm_matmul_item item = {m->head, NULL, m->s.logits, V, false, false};
         FM_TRY(m->be->v->matmul(m->be, m->s.h + r * H, H, rows, &item, 1));
         int64_t bad;
         FM_TRY(m->be->v->find_nonfinite(m->be, m->s.logits, rows, V, &bad));
