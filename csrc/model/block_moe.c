@@ -197,15 +197,14 @@ static fm_status compute_wave(fm_model *m, const fm_batch *b, struct fm_wave *w,
         FM_TRY(run_ready(m, w, b->n_rows));
         left -= n_new;
     }
-    int64_t bad;
-    FM_TRY(m->be->v->find_nonfinite(m->be, m->s.exp_out, w->rows, m->c.hidden_size, &bad));
-    if (bad >= 0)
-        FM_TRY(name_nonfinite(m, w, layer, bad));
     build_combine(m, w, b->n_rows);
     const fm_combine_args a = {m->s.x, b->n_rows, m->c.hidden_size, m->s.exp_out, m->s.comb_start, m->s.comb_index,
                                m->s.comb_weight};
     FM_TRY(m->be->v->combine(m->be, &a));
-    FM_TRY(m->be->v->sync(m->be)); /* before the slots may be overwritten */
+    int64_t bad; /* looking syncs: the slots may be overwritten after it */
+    FM_TRY(m->be->v->find_nonfinite(m->be, m->s.exp_out, w->rows, m->c.hidden_size, &bad));
+    if (bad >= 0)
+        FM_TRY(name_nonfinite(m, w, layer, bad));
     fm_experts_get_stats(m->experts, &after);
     const int64_t t1 = fm_clock_ns(), waited = after.wait_ns - before.wait_ns;
     m->phases.wait_ns += waited;
