@@ -14,7 +14,6 @@ enum { LOGIT_ROWS = 16 };
 /* ---- scratch --------------------------------------------------------------------------------------- */
 
 typedef struct host_lists {
-    fm_span *spans;
     fm_kv *kv;
     const float **in;
     float **out;
@@ -26,7 +25,6 @@ static void take_host(host_lists *h, const fm_config *c, int64_t rows, fm_arena 
 {
     h->layers = fm_arena_take(a, (size_t)c->num_hidden_layers * sizeof(fm_layer));
     h->inv_freq = fm_arena_take(a, (size_t)(c->rotary_dim / 2 + 1) * sizeof(double));
-    h->spans = fm_arena_take(a, (size_t)rows * sizeof(fm_span));
     h->kv = fm_arena_take(a, (size_t)rows * sizeof(fm_kv));
     h->in = fm_arena_take(a, (size_t)rows * sizeof(float *));
     h->out = fm_arena_take(a, (size_t)rows * sizeof(float *));
@@ -149,7 +147,6 @@ static fm_status open_memory(fm_model *m)
     take_host(&h, c, m->max_rows, &fill);
     m->layers = h.layers;
     m->inv_freq = h.inv_freq;
-    m->spans = h.spans;
     m->kv = h.kv;
     m->in = h.in;
     m->out = h.out;

@@ -48,7 +48,7 @@ typedef struct fm_scratch {
     float *router, *route_w, *shared_g, *shared_u, *shared_y, *shared_gate; /* MoE */
     int32_t *route_ids;
     float *exp_gate, *exp_up, *exp_out;             /* [part_rows, width], [.., width], [part_rows, hidden] */
-    int32_t *exp_rows, *exp_order, *comb_start, *comb_index;
+    int32_t *exp_rows, *comb_start, *comb_index;
     float *comb_weight;
     float *mlp_g, *mlp_u;                           /* dense */
     float *logits;                                  /* [logit_rows, vocab] */
@@ -72,7 +72,6 @@ typedef struct fm_model {
     size_t scratch_bytes;
     void *host; /* per-span arrays and the wave's lists */
     struct fm_wave *wave;
-    fm_span *spans;
     fm_kv *kv;
     const float **in;
     float **out;
