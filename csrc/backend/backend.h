@@ -156,6 +156,7 @@ typedef struct fm_backend_vtable {
 
 struct fm_backend {
     const fm_backend_vtable *v; /* first field of every backend's own struct */
+    int32_t layer;              /* that the caller works on, -1 outside of layers; for messages only */
 };
 
 typedef struct fm_backend_opts {

@@ -277,6 +277,7 @@ static fm_status check_cancel(const fm_batch *b)
 static fm_status forward(fm_model *m, const fm_batch *b)
 {
     const int64_t t0 = fm_clock_ns(), L = m->c.num_hidden_layers;
+    m->be->layer = -1;
     FM_TRY(m->be->v->begin(m->be));
     FM_TRY(m->be->v->embed(m->be, m->embed, b->ids, b->n_rows, m->s.x, m->c.hidden_size));
     FM_PHASE_END(m, embed, -1, t0);
@@ -284,8 +285,10 @@ static fm_status forward(fm_model *m, const fm_batch *b)
         memset(b->trace_router, 0xff, (size_t)(b->n_rows * L * m->k) * sizeof(int32_t));
     for (int32_t l = 0; l < L; l++) {
         FM_TRY(check_cancel(b));
+        m->be->layer = l;
         FM_TRY(run_layer(m, b, l));
     }
+    m->be->layer = -1;
     FM_TRY(head(m, b));
     FM_TRY(m->be->v->sync(m->be));
     fm_trace_add(&m->trace, FM_TRACE_forward, -1, (int32_t)b->n_rows, t0, fm_clock_ns(), 0);

@@ -201,7 +201,10 @@ def library(san=None, metal=None):
 
 
 class Backend:
-    """A backend and the arrays in its memory. Ops are called by name with the vtable's arguments."""
+    """A backend and the arrays in its memory. Ops are called by name with the vtable's arguments.
+
+    With METAL_COMPARE in the environment the CPU judges every op of the others.
+    """
 
     def __init__(self, name, san=None, metal=None, threads=1):
         self.lib = library(san, metal)
@@ -209,7 +212,11 @@ class Backend:
         self._pool, self._handle = P(), C.POINTER(Handle)()
         self._check(self.lib.fm_pool_open(threads, C.byref(self._pool)))
         opts = Opts(name=name.encode(), pool=self._pool)
-        self._check(self.lib.fm_backend_open(C.byref(opts), C.byref(self._handle)))
+        if name != "cpu" and os.environ.get("METAL_COMPARE"):
+            os.environ["FLASHMOE_COMPARE"] = "cpu"
+        opened = self.lib.fm_backend_open(C.byref(opts), C.byref(self._handle))
+        os.environ.pop("FLASHMOE_COMPARE", None)
+        self._check(opened)
         self.v = self._handle.contents.v.contents
 
     def _check(self, status):
