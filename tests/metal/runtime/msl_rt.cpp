@@ -331,18 +331,26 @@ NOTSAN static void threadgroup_memory() {
 }
 
 NOTSAN static void start_lanes() {
+    unsigned at[3] = {0, 0, 0};
     for (unsigned i = 0; i < n_lanes; i++) {
         Lane *l = &lanes[i];
         l->index = i;
-        l->tpos[0] = i % tgsize[0];
-        l->tpos[1] = i / tgsize[0] % tgsize[1];
-        l->tpos[2] = i / (tgsize[0] * tgsize[1]);
+        for (int a = 0; a < 3; a++)
+            l->tpos[a] = at[a];
+        if (++at[0] == tgsize[0]) {
+            at[0] = 0;
+            if (++at[1] == tgsize[1]) {
+                at[1] = 0;
+                at[2]++;
+            }
+        }
         for (int a = 0; a < 3; a++)
             l->gpos[a] = tgpos[a] * D->tg[a] + l->tpos[a];
-        l->sp = fiber_stack(l->stack, StackLen, msl_fiber_main);
+        /* tops at different places of a page, or the stacks fight for the same lines of the cache */
+        l->sp = fiber_stack(l->stack, StackLen - i % WIDTH * 5 * 64, msl_fiber_main);
         l->state = RUN;
-        S.lanes++;
     }
+    S.lanes += n_lanes;
 #ifdef MSL_TSAN
     __tsan_release(&begin_sync);
     tsan_plan();
