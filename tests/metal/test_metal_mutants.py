@@ -54,7 +54,7 @@ MUTANTS = {
     # delta
     "conv tap": ("delta.metal", "w[c * a.kern + j]", "w[c * a.kern + a.kern - 1 - j]", 0, MIX, "conv"),
     "conv state": ("delta.metal", "hist[(a.n + j) * a.n_ch + c]", "hist[j * a.n_ch + c]", 0, MIX, "conv"),
-    "decay after": ("delta.metal", "s[i] *= alpha; // decay first", "", 0, MIX, "test_delta and step"),
+    "decay after": ("delta.metal", "s[i] *= alpha; // decay first", "(void)alpha;", 0, MIX, "test_delta and step"),
     "read before": ("delta.metal", "o = fma(qs[row0 + i], s[i], o);", "o = fma(qs[row0 + i], s[i] - ks[row0 + i] * d, o);", 0, MIX, "test_delta and step"),
     "step barrier": ("delta.metal", BARRIER, "", 0, MIX, "test_delta and step"),
     "step barrier 2": ("delta.metal", BARRIER, "", 1, MIX, "test_delta and step"),
