@@ -62,7 +62,7 @@ static fm_status op_experts(fm_backend *b, const fm_expert_args *a) { POOLED(b, 
 
 static fm_status op_combine(fm_backend *b, const fm_combine_args *a)
 {
-    POOLED(b, a->n > 0 ? fm_metal_combine(b, a) : FM_OK);
+    POOLED(b, a->n > 0 && a->n_parts > 0 ? fm_metal_combine(b, a) : FM_OK);
 }
 
 static fm_status op_add_gated(fm_backend *b, const float *x, const float *gate, float *y, int64_t n, int64_t n_cols)
@@ -79,6 +79,40 @@ static fm_status op_find_nonfinite(fm_backend *b, const float *x, int64_t n, int
     return status;
 }
 
+/* ---- pipelining ------------------------------------------------------------------------------------- */
+
+static fm_status op_tell(fm_backend *b, uint64_t *value) { POOLED(b, fm_metal_tell((fm_metal *)b, value)); }
+
+static fm_status op_hold(fm_backend *b, uint64_t *value) { POOLED(b, fm_metal_hold((fm_metal *)b, value)); }
+
+static fm_status op_experts_later(fm_backend *b, const fm_expert_later *a) { POOLED(b, fm_metal_experts_later(b, a)); }
+
+static fm_status op_mark_nonfinite(fm_backend *b, const float *x, int64_t n, int64_t n_cols, uint32_t *marks)
+{
+    POOLED(b, n > 0 ? fm_metal_mark_nonfinite(b, x, n, n_cols, marks) : FM_OK);
+}
+
+static fm_status op_set_jobs(fm_backend *b, const fm_expert_later *a, const fm_expert_job *jobs, int n_jobs)
+{
+    POOLED(b, fm_metal_set_jobs(b, a, jobs, n_jobs));
+}
+
+static fm_status op_await(fm_backend *b, uint64_t value)
+{
+    fm_status status;
+    @autoreleasepool {
+        status = fm_metal_await((fm_metal *)b, value);
+    }
+    return status;
+}
+
+static void op_post(fm_backend *b, uint64_t value)
+{
+    @autoreleasepool {
+        fm_metal_post((fm_metal *)b, value);
+    }
+}
+
 /* ---- memory and commands -------------------------------------------------------------------------- */
 
 static fm_caps op_caps(const fm_backend *b)
@@ -86,6 +120,7 @@ static fm_caps op_caps(const fm_backend *b)
     const fm_caps out = {
         .unified_memory = true,
         .asynchronous = true,
+        .pipelined = true,
         .max_bytes = ((const fm_metal *)b)->max_bytes,
     };
     return out;
@@ -93,10 +128,9 @@ static fm_caps op_caps(const fm_backend *b)
 
 static fm_status op_alloc(fm_backend *b, size_t bytes, fm_usage usage, void **out)
 {
-    (void)usage; /* unified memory: one kind for all */
-    fm_status status;
+    fm_status status; /* unified memory: one kind for every usage */
     @autoreleasepool {
-        status = fm_metal_alloc((fm_metal *)b, bytes, out);
+        status = fm_metal_alloc((fm_metal *)b, bytes, usage, out);
     }
     return status;
 }
@@ -167,6 +201,13 @@ static const fm_backend_vtable metal_vtable = {
     .combine = op_combine,
     .add_gated = op_add_gated,
     .find_nonfinite = op_find_nonfinite,
+    .tell = op_tell,
+    .hold = op_hold,
+    .experts_later = op_experts_later,
+    .mark_nonfinite = op_mark_nonfinite,
+    .await = op_await,
+    .set_jobs = op_set_jobs,
+    .post = op_post,
 };
 
 fm_status fm_backend_open_metal(const fm_backend_opts *opts, fm_backend **out)

@@ -20,6 +20,7 @@ typedef struct fm_metal_buffer {
     void *map;      /* what mmap returned, and how much */
     size_t map_bytes;
     id<MTLBuffer> buffer;
+    fm_usage usage;
     uint64_t used_in; /* encoder number of the last useResource */
 } fm_metal_buffer;
 
@@ -31,7 +32,7 @@ typedef struct fm_metal_pipeline {
 
 /* What was recorded since the backend was opened; read by tests and by `doctor`. */
 typedef struct fm_metal_counters {
-    uint64_t command_buffers, encoders, dispatches, waits, upload_bytes, encode_ns;
+    uint64_t command_buffers, encoders, dispatches, waits, upload_bytes, encode_ns, events, awaits;
 } fm_metal_counters;
 
 typedef struct fm_metal {
@@ -51,6 +52,8 @@ typedef struct fm_metal {
     id<MTLComputeCommandEncoder> encoder;
     uint64_t encoder_number;
     dispatch_semaphore_t done; /* signalled once per finished command buffer */
+    id<MTLSharedEvent> told, ready; /* the device's word to the host, the host's to the device */
+    uint64_t told_value, ready_value, posted; /* the last recorded ones; the last posted */
     id<MTLBuffer> scratch[2];  /* delta: unit q and k; gates */
     bool lost;                 /* a command buffer failed or hung: only close is legal */
     fm_metal_counters counters;
@@ -65,7 +68,7 @@ typedef struct fm_metal_place {
 fm_status fm_metal_device_open(fm_metal *m);
 void fm_metal_device_close(fm_metal *m);
 
-fm_status fm_metal_alloc(fm_metal *m, size_t bytes, void **out);
+fm_status fm_metal_alloc(fm_metal *m, size_t bytes, fm_usage usage, void **out);
 void fm_metal_free(fm_metal *m, void *p);
 
 /* The buffer that holds [p, p + bytes); FM_ERR_ARG if none does. `what` names the argument. */
@@ -76,6 +79,10 @@ fm_status fm_metal_find_or_copy(fm_metal *m, const void *p, size_t bytes, const 
 fm_status fm_metal_upload(fm_metal *m, size_t bytes, void **host, fm_metal_place *out);
 /* A GPU address inside a buffer that the current encoder may follow (the buffer is declared to it). */
 fm_status fm_metal_address(fm_metal *m, const void *p, size_t bytes, const char *what, uint64_t *out);
+/* The same for the host to write into a table: the encoder that reads it declared the buffer itself. */
+fm_status fm_metal_gpu_address(fm_metal *m, const void *p, size_t bytes, const char *what, uint64_t *out);
+/* Declare all slots to the current encoder, whichever will be used. */
+fm_status fm_metal_declare_slots(fm_metal *m);
 /* Private memory of at least `bytes`, kept for slot i of fm_metal.scratch; contents undefined. */
 fm_status fm_metal_scratch(fm_metal *m, int i, size_t bytes, fm_metal_place *out);
 
@@ -85,6 +92,12 @@ fm_status fm_metal_encoder(fm_metal *m, id<MTLComputeCommandEncoder> *out);
 const fm_metal_counters *fm_metal_counters_get(const fm_metal *m);
 /* Longest wait for one command buffer, of all backends; 60 at start. */
 void fm_metal_timeout_set(int seconds);
+
+/* Events in the command buffer, and the host's side of them: as backend.h says. */
+fm_status fm_metal_tell(fm_metal *m, uint64_t *value);
+fm_status fm_metal_hold(fm_metal *m, uint64_t *value);
+fm_status fm_metal_await(fm_metal *m, uint64_t value);
+void fm_metal_post(fm_metal *m, uint64_t value);
 
 /* Commit what is recorded; sync also waits for everything and reports the first failure. */
 void fm_metal_flush(fm_metal *m);

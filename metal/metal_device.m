@@ -8,7 +8,7 @@
 
 #include "base/mem.h"
 
-enum { PAGE = 16384, RING_CHUNK = 1 << 20, RING_ALIGN = 256 };
+enum { PAGE = 16384, RING_CHUNK = 1 << 20, RING_ALIGN = 256, AWAIT_STEP_MS = 50 };
 
 static int timeout_s = 60; /* a token takes far less; the system kills a stuck GPU sooner */
 
@@ -28,9 +28,11 @@ fm_status fm_metal_device_open(fm_metal *m)
     m->ring = [[NSMutableArray alloc] init];
     m->pending = [[NSMutableArray alloc] init];
     m->done = dispatch_semaphore_create(0);
+    m->told = [m->device newSharedEvent];
+    m->ready = [m->device newSharedEvent];
     m->max_bytes = (size_t)[m->device recommendedMaxWorkingSetSize];
     m->max_buffer_bytes = (size_t)[m->device maxBufferLength];
-    if (!m->queue || !m->ring || !m->pending || !m->done)
+    if (!m->queue || !m->ring || !m->pending || !m->done || !m->told || !m->ready)
         return fm_fail(FM_ERR_NOMEM, "backend 'metal': no command queue");
     return FM_OK;
 }
@@ -52,13 +54,15 @@ void fm_metal_device_close(fm_metal *m)
     [m->pending release];
     if (m->done)
         dispatch_release(m->done);
+    [m->told release];
+    [m->ready release];
     [m->queue release];
     [m->device release];
 }
 
 /* ---- memory ------------------------------------------------------------------------------------- */
 
-fm_status fm_metal_alloc(fm_metal *m, size_t bytes, void **out)
+fm_status fm_metal_alloc(fm_metal *m, size_t bytes, fm_usage usage, void **out)
 {
     const size_t whole = fm_round_up(bytes > 0 ? bytes : 1, PAGE);
     if (m->max_bytes > 0 && m->bytes + whole > m->max_bytes)
@@ -71,7 +75,7 @@ fm_status fm_metal_alloc(fm_metal *m, size_t bytes, void **out)
                        whole, m->max_buffer_bytes);
     if (m->n_buffers == FM_METAL_MAX_BUFFERS)
         return fm_fail(FM_ERR_NOMEM, "backend 'metal': more than %d buffers", FM_METAL_MAX_BUFFERS);
-    fm_metal_buffer b = {.bytes = whole, .map_bytes = whole + PAGE}; /* a page more: mmap may align to less */
+    fm_metal_buffer b = {.bytes = whole, .map_bytes = whole + PAGE, .usage = usage}; /* mmap may align to less */
     b.map = mmap(NULL, b.map_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
     if (b.map == MAP_FAILED)
         return fm_fail(FM_ERR_NOMEM, "backend 'metal': no %zu bytes of memory", whole);
@@ -99,7 +103,7 @@ void fm_metal_free(fm_metal *m, void *p)
         fm_metal_buffer b = m->buffers[i];
         if (b.base != p)
             continue;
-        if (!m->lost && (m->encoder || [m->pending count] > 0))
+        if (!m->lost && (m->commands || [m->pending count] > 0))
             (void)fm_metal_sync(m); /* nothing may be freed under the GPU */
         m->n_buffers--;
         for (; i < m->n_buffers; i++)
@@ -176,19 +180,39 @@ fm_status fm_metal_find_or_copy(fm_metal *m, const void *p, size_t bytes, const 
     return FM_OK;
 }
 
-fm_status fm_metal_address(fm_metal *m, const void *p, size_t bytes, const char *what, uint64_t *out)
+/* Makes it resident and orders our writes to it. */
+static fm_status declare(fm_metal *m, fm_metal_buffer *b)
 {
-    fm_metal_buffer *b = holder(m, p, bytes);
-    if (!b)
-        return fm_fail(FM_ERR_ARG, "backend 'metal': %s (%zu bytes) is not in memory of the backend", what, bytes);
     id<MTLComputeCommandEncoder> e;
     FM_TRY(fm_metal_encoder(m, &e));
-    if (b->used_in != m->encoder_number) { /* makes it resident and orders our writes to it */
+    if (b->used_in != m->encoder_number) {
         [e useResource:b->buffer usage:MTLResourceUsageRead | MTLResourceUsageWrite];
         b->used_in = m->encoder_number;
     }
+    return FM_OK;
+}
+
+fm_status fm_metal_declare_slots(fm_metal *m)
+{
+    for (int i = 0; i < m->n_buffers; i++)
+        if (m->buffers[i].usage == FM_USAGE_SLOTS)
+            FM_TRY(declare(m, &m->buffers[i]));
+    return FM_OK;
+}
+
+fm_status fm_metal_gpu_address(fm_metal *m, const void *p, size_t bytes, const char *what, uint64_t *out)
+{
+    const fm_metal_buffer *b = holder(m, p, bytes);
+    if (!b)
+        return fm_fail(FM_ERR_ARG, "backend 'metal': %s (%zu bytes) is not in memory of the backend", what, bytes);
     *out = [b->buffer gpuAddress] + (uint64_t)((const char *)p - b->base);
     return FM_OK;
+}
+
+fm_status fm_metal_address(fm_metal *m, const void *p, size_t bytes, const char *what, uint64_t *out)
+{
+    FM_TRY(fm_metal_gpu_address(m, p, bytes, what, out));
+    return declare(m, holder(m, p, bytes));
 }
 
 fm_status fm_metal_scratch(fm_metal *m, int i, size_t bytes, fm_metal_place *out)
@@ -208,12 +232,19 @@ fm_status fm_metal_scratch(fm_metal *m, int i, size_t bytes, fm_metal_place *out
 
 /* ---- command buffers ------------------------------------------------------------------------------ */
 
-fm_status fm_metal_encoder(fm_metal *m, id<MTLComputeCommandEncoder> *out)
+static fm_status open_commands(fm_metal *m)
 {
     if (m->lost)
         return fm_fail(FM_ERR_STATE, "backend 'metal': the device failed before; reopen the engine");
-    if (!m->encoder) {
+    if (!m->commands)
         m->commands = [[m->queue commandBuffer] retain];
+    return m->commands ? FM_OK : fm_fail(FM_ERR_BACKEND, "backend 'metal': no command buffer");
+}
+
+fm_status fm_metal_encoder(fm_metal *m, id<MTLComputeCommandEncoder> *out)
+{
+    FM_TRY(open_commands(m));
+    if (!m->encoder) {
         m->encoder = [[m->commands computeCommandEncoder] retain]; /* serial: ops run in order */
         if (!m->encoder)
             return fm_fail(FM_ERR_BACKEND, "backend 'metal': no command encoder");
@@ -224,13 +255,18 @@ fm_status fm_metal_encoder(fm_metal *m, id<MTLComputeCommandEncoder> *out)
     return FM_OK;
 }
 
-void fm_metal_flush(fm_metal *m)
+static void end_encoder(fm_metal *m)
 {
-    if (!m->encoder)
-        return;
     [m->encoder endEncoding];
     [m->encoder release];
     m->encoder = nil;
+}
+
+void fm_metal_flush(fm_metal *m)
+{
+    if (!m->commands)
+        return;
+    end_encoder(m);
     dispatch_semaphore_t done = m->done;
     [m->commands addCompletedHandler:^(id<MTLCommandBuffer> finished) {
         (void)finished;
@@ -277,4 +313,53 @@ fm_status fm_metal_sync(fm_metal *m)
     m->ring_chunk = m->ring_used = 0;
     m->counters.waits += n > 0;
     return status;
+}
+
+/* ---- events --------------------------------------------------------------------------------------- */
+
+fm_status fm_metal_tell(fm_metal *m, uint64_t *value)
+{
+    FM_TRY(open_commands(m));
+    end_encoder(m);
+    *value = ++m->told_value;
+    [m->commands encodeSignalEvent:m->told value:*value];
+    m->counters.events++;
+    return FM_OK;
+}
+
+fm_status fm_metal_hold(fm_metal *m, uint64_t *value)
+{
+    FM_TRY(open_commands(m));
+    end_encoder(m);
+    *value = ++m->ready_value;
+    [m->commands encodeWaitForEvent:m->ready value:*value];
+    m->counters.events++;
+    return FM_OK;
+}
+
+void fm_metal_post(fm_metal *m, uint64_t value)
+{
+    if (value <= m->posted) /* values only rise */
+        return;
+    m->posted = value;
+    [m->ready setSignaledValue:value];
+}
+
+/* In steps, so that a device that failed is noticed at once. */
+fm_status fm_metal_await(fm_metal *m, uint64_t value)
+{
+    if (m->lost)
+        return fm_fail(FM_ERR_STATE, "backend 'metal': the device failed before; reopen the engine");
+    m->counters.awaits++;
+    for (int step = 0; step < timeout_s * (1000 / AWAIT_STEP_MS); step++) {
+        if ([m->told waitUntilSignaledValue:value timeoutMS:AWAIT_STEP_MS])
+            return FM_OK;
+        id<MTLCommandBuffer> last = [m->pending lastObject];
+        if (last && [last status] >= MTLCommandBufferStatusCompleted && [m->told signaledValue] < value) {
+            FM_TRY(fm_metal_sync(m)); /* words the failure */
+            return fm_fail(FM_ERR_BACKEND, "backend 'metal': a command buffer ended without reaching its event");
+        }
+    }
+    m->lost = true;
+    return fm_fail(FM_ERR_BACKEND, "backend 'metal': a command buffer did not reach its event within %d s", timeout_s);
 }

@@ -48,6 +48,11 @@ fm_status fm_metal_route(fm_backend *b, const fm_route_args *a, const float *log
 fm_status fm_metal_combine(fm_backend *b, const fm_combine_args *a);
 fm_status fm_metal_add_gated(fm_backend *b, const float *x, const float *gate, float *y, int64_t n, int64_t n_cols);
 fm_status fm_metal_find_nonfinite(fm_backend *b, const float *x, int64_t n, int64_t n_cols, int64_t *row);
+fm_status fm_metal_mark_nonfinite(fm_backend *b, const float *x, int64_t n, int64_t n_cols, uint32_t *marks);
+
+/* metal_later.m */
+fm_status fm_metal_experts_later(fm_backend *b, const fm_expert_later *a);
+fm_status fm_metal_set_jobs(fm_backend *b, const fm_expert_later *a, const fm_expert_job *jobs, int n_jobs);
 
 /* metal_encode_mix.m */
 fm_status fm_metal_attention(fm_backend *b, const fm_attention_args *a);

@@ -149,18 +149,13 @@ fm_status fm_metal_add_gated(fm_backend *b, const float *x, const float *gate, f
 
 fm_status fm_metal_combine(fm_backend *b, const fm_combine_args *a)
 {
-    int32_t n_parts = 0;
-    for (int32_t e = 0; e < a->start[a->n]; e++)
-        n_parts = a->index[e] >= n_parts ? a->index[e] + 1 : n_parts;
-    if (n_parts == 0)
-        return FM_OK;
     fm_metal_call c;
     FM_TRY(fm_metal_call_begin((fm_metal *)b, "combine", plain, &c));
     FM_TRY(fm_metal_bind(&c, 0, a->y, a->n * a->hidden * 4, "combine y"));
-    FM_TRY(fm_metal_bind(&c, 1, a->part, n_parts * a->hidden * 4, "combine parts"));
+    FM_TRY(fm_metal_bind(&c, 1, a->part, a->n_parts * a->hidden * 4, "combine parts"));
     FM_TRY(bind_copy(&c, 2, a->start, (a->n + 1) * 4, "combine start"));
-    FM_TRY(bind_copy(&c, 3, a->index, (int64_t)a->start[a->n] * 4, "combine index"));
-    FM_TRY(bind_copy(&c, 4, a->weight, (int64_t)a->start[a->n] * 4, "combine weight"));
+    FM_TRY(bind_copy(&c, 3, a->index, a->n_parts * 4, "combine index"));
+    FM_TRY(bind_copy(&c, 4, a->weight, a->n_parts * 4, "combine weight"));
     const fm_rows_args args = {(fm_u32)a->n, (fm_u32)a->hidden, 0};
     fm_metal_bind_bytes(&c, 5, &args, sizeof args);
     fm_metal_run(&c, groups_of(a->hidden, LINE), a->n, 1, LINE, 1);
@@ -195,6 +190,25 @@ fm_status fm_metal_route(fm_backend *b, const fm_route_args *a, const float *log
     return FM_OK;
 }
 
+static fm_status mark(fm_metal *m, const float *x, int64_t n, int64_t n_cols, fm_metal_place marks)
+{
+    fm_metal_call c;
+    FM_TRY(fm_metal_call_begin(m, "find_nonfinite", plain, &c));
+    FM_TRY(fm_metal_bind(&c, 0, x, n * n_cols * 4, "find_nonfinite x"));
+    fm_metal_bind_place(&c, 1, marks);
+    const fm_rows_args args = {(fm_u32)n, (fm_u32)n_cols, 0};
+    fm_metal_bind_bytes(&c, 2, &args, sizeof args);
+    fm_metal_run(&c, n, 1, 1, FM_NORM_THREADS, 1);
+    return FM_OK;
+}
+
+fm_status fm_metal_mark_nonfinite(fm_backend *b, const float *x, int64_t n, int64_t n_cols, uint32_t *marks)
+{
+    fm_metal_place place;
+    FM_TRY(fm_metal_find((fm_metal *)b, marks, (size_t)n * 4, "marks", &place));
+    return mark((fm_metal *)b, x, n, n_cols, place);
+}
+
 fm_status fm_metal_find_nonfinite(fm_backend *b, const float *x, int64_t n, int64_t n_cols, int64_t *row)
 {
     fm_metal *m = (fm_metal *)b;
@@ -205,13 +219,7 @@ fm_status fm_metal_find_nonfinite(fm_backend *b, const float *x, int64_t n, int6
     fm_metal_place place;
     FM_TRY(fm_metal_upload(m, (size_t)n * 4, &host, &place));
     memset(host, 0, (size_t)n * 4);
-    fm_metal_call c;
-    FM_TRY(fm_metal_call_begin(m, "find_nonfinite", plain, &c));
-    FM_TRY(fm_metal_bind(&c, 0, x, n * n_cols * 4, "find_nonfinite x"));
-    fm_metal_bind_place(&c, 1, place);
-    const fm_rows_args args = {(fm_u32)n, (fm_u32)n_cols, 0};
-    fm_metal_bind_bytes(&c, 2, &args, sizeof args);
-    fm_metal_run(&c, n, 1, 1, FM_NORM_THREADS, 1);
+    FM_TRY(mark(m, x, n, n_cols, place));
     FM_TRY(fm_metal_sync(m));
     const fm_u32 *bad = host;
     for (int64_t r = 0; r < n && *row < 0; r++)

@@ -3,7 +3,7 @@
  * (fm_metal_tune). */
 #include <string.h>
 
-#include "metal_encode.h"
+#include "metal_mat.h"
 
 static fm_u32 format_of(fm_quant q)
 {
@@ -15,19 +15,13 @@ static fm_u32 format_of(fm_quant q)
     return formats[q];
 }
 
-/* What makes two matrices one dispatch. */
-typedef struct mat_kind {
-    fm_metal_constants c;
-    int64_t n_cols, codes_stride, scales_stride;
-} mat_kind;
-
-static bool same_kind(const mat_kind *a, const mat_kind *b)
+bool fm_metal_same_kind(const fm_metal_kind *a, const fm_metal_kind *b)
 {
     return memcmp(&a->c, &b->c, sizeof a->c) == 0 && a->n_cols == b->n_cols && a->codes_stride == b->codes_stride &&
            a->scales_stride == b->scales_stride;
 }
 
-static fm_status kind_of(const fm_mat *W, mat_kind *out)
+fm_status fm_metal_kind_of(const fm_mat *W, fm_metal_kind *out)
 {
     const fm_u32 format = format_of(W->format);
     const bool affine = fm_quant_get(W->format)->affine;
@@ -54,59 +48,62 @@ static fm_status kind_of(const fm_mat *W, mat_kind *out)
     return FM_OK;
 }
 
-/* GPU addresses of a matrix's areas; plain formats name their codes three times. Codes at any byte: the multiple of 4
- * before them, and how far they lie past it. */
-static fm_status mat_address(fm_metal *m, const fm_mat *W, uint64_t *codes, fm_u32 *at, uint64_t *scales,
-                             uint64_t *biases)
+fm_status fm_metal_mat_address(fm_metal *m, const fm_mat *W, fm_metal_addresser address, uint64_t *codes, fm_u32 *at,
+                               uint64_t *scales, uint64_t *biases)
 {
     uint64_t p;
-    FM_TRY(fm_metal_address(m, W->codes, (size_t)(W->n_rows * W->codes_stride), "a weight's codes", &p));
+    FM_TRY(address(m, W->codes, (size_t)(W->n_rows * W->codes_stride), "a weight's codes", &p));
     *at = (fm_u32)(p % 4);
     *codes = *scales = *biases = p - *at;
     if (!fm_quant_get(W->format)->affine)
         return FM_OK;
     const size_t bytes = (size_t)(W->n_rows * W->scales_stride);
-    FM_TRY(fm_metal_address(m, W->scales, bytes, "a weight's scales", scales));
-    return fm_metal_address(m, W->biases, bytes, "a weight's biases", biases);
+    FM_TRY(address(m, W->scales, bytes, "a weight's scales", scales));
+    return address(m, W->biases, bytes, "a weight's biases", biases);
 }
 
-/* One dispatch of `n` table entries of one kind. rows: place of the row list, or NULL. */
-static fm_status run_items(fm_metal *m, mat_kind kind, bool gated, fm_metal_place x, int64_t ldx,
-                           const fm_metal_place *rows, fm_metal_place table, const fm_metal_item *items, int n)
+fm_status fm_metal_run_items(fm_metal *m, fm_metal_kind kind, const fm_metal_items *a)
 {
-    fm_u32 most_out = 0, most_rows = 0;
-    for (int i = 0; i < n; i++) {
-        most_out = items[i].n_out > most_out ? items[i].n_out : most_out;
-        most_rows = items[i].n > most_rows ? items[i].n : most_rows;
-    }
-    const bool vec = gated || most_rows <= (fm_u32)fm_metal_tune.vec_rows;
-    kind.c.v[FM_FC_GATED] = gated;
-    if (!vec)
+    kind.c.v[FM_FC_GATED] = a->gated;
+    if (!a->vec)
         kind.c.v[FM_FC_VEC] = 0; /* the tiled kernel does not look: one pipeline */
     fm_metal_call c;
-    FM_TRY(fm_metal_call_begin(m, vec ? "mat_vec" : "mat_mul", kind.c, &c));
-    fm_metal_bind_place(&c, 0, table);
-    const fm_mat_args args = {(fm_u32)kind.n_cols, (fm_u32)ldx, (fm_u32)kind.codes_stride,
-                              (fm_u32)kind.scales_stride, rows != NULL};
+    FM_TRY(fm_metal_call_begin(m, a->vec ? "mat_vec" : "mat_mul", kind.c, &c));
+    fm_metal_bind_place(&c, 0, a->table);
+    const fm_mat_args args = {(fm_u32)kind.n_cols, (fm_u32)a->ldx, (fm_u32)kind.codes_stride,
+                              (fm_u32)kind.scales_stride, a->rows != NULL};
     fm_metal_bind_bytes(&c, 1, &args, sizeof args);
-    fm_metal_bind_place(&c, 2, x);
-    fm_metal_bind_place(&c, 3, rows ? *rows : table);
-    const int64_t per = vec ? FM_MV_ROWS * FM_MV_SIMDGROUPS : FM_MM_TILE;
-    const int64_t gx = (most_out + per - 1) / per;
-    if (vec)
-        fm_metal_run(&c, gx, n, most_rows, FM_WIDTH * FM_MV_SIMDGROUPS, 1);
+    fm_metal_bind_place(&c, 2, a->x);
+    fm_metal_bind_place(&c, 3, a->rows ? *a->rows : a->table);
+    const int64_t per = a->vec ? FM_MV_ROWS * FM_MV_SIMDGROUPS : FM_MM_TILE;
+    const int64_t gx = (a->most_out + per - 1) / per;
+    if (a->vec)
+        fm_metal_run(&c, gx, a->n, a->most_rows, FM_WIDTH * FM_MV_SIMDGROUPS, 1);
     else
-        fm_metal_run(&c, gx, (most_rows + FM_MM_TILE - 1) / FM_MM_TILE, n, FM_MM_THREADS, 1);
+        fm_metal_run(&c, gx, (a->most_rows + FM_MM_TILE - 1) / FM_MM_TILE, a->n, FM_MM_THREADS, 1);
     /* y is named by address, which no binding tells the encoder: say that what follows may read it */
     [c.encoder memoryBarrierWithScope:MTLBarrierScopeBuffers];
     return FM_OK;
 }
 
+/* One dispatch of `n` table entries of one kind. rows: place of the row list, or NULL. */
+static fm_status run_items(fm_metal *m, fm_metal_kind kind, bool gated, fm_metal_place x, int64_t ldx,
+                           const fm_metal_place *rows, fm_metal_place table, const fm_metal_item *items, int n)
+{
+    fm_metal_items a = {.gated = gated, .x = x, .ldx = ldx, .rows = rows, .table = table, .n = n};
+    for (int i = 0; i < n; i++) {
+        a.most_out = items[i].n_out > a.most_out ? items[i].n_out : a.most_out;
+        a.most_rows = items[i].n > a.most_rows ? items[i].n : a.most_rows;
+    }
+    a.vec = gated || a.most_rows <= fm_metal_tune.vec_rows;
+    return fm_metal_run_items(m, kind, &a);
+}
+
 fm_status fm_metal_embed(fm_backend *b, const fm_mat *W, const int32_t *ids, int64_t n, float *y, int64_t ldy)
 {
     fm_metal *m = (fm_metal *)b;
-    mat_kind kind;
-    FM_TRY(kind_of(W, &kind));
+    fm_metal_kind kind;
+    FM_TRY(fm_metal_kind_of(W, &kind));
     kind.c.v[FM_FC_VEC] = 0;
     fm_metal_call c;
     FM_TRY(fm_metal_call_begin(m, "embed_rows", kind.c, &c));
@@ -143,8 +140,8 @@ fm_status fm_metal_matmul(fm_backend *b, const float *x, int64_t ldx, int64_t n,
     for (int first = 0; first < n_items; first++) {
         if (done[first])
             continue;
-        mat_kind kind;
-        FM_TRY(kind_of(items[first].W, &kind));
+        fm_metal_kind kind;
+        FM_TRY(fm_metal_kind_of(items[first].W, &kind));
         void *host;
         fm_metal_place table;
         FM_TRY(fm_metal_upload(m, sizeof(fm_metal_item) * (size_t)(n_items - first), &host, &table));
@@ -152,13 +149,13 @@ fm_status fm_metal_matmul(fm_backend *b, const float *x, int64_t ldx, int64_t n,
         int count = 0;
         for (int i = first; i < n_items; i++) {
             const fm_matmul_item *it = &items[i];
-            mat_kind own;
-            FM_TRY(kind_of(it->W, &own));
-            if (done[i] || !same_kind(&kind, &own))
+            fm_metal_kind own;
+            FM_TRY(fm_metal_kind_of(it->W, &own));
+            if (done[i] || !fm_metal_same_kind(&kind, &own))
                 continue;
             done[i] = true;
             fm_metal_item t = {.n_out = (fm_u32)it->W->n_rows, .ldy = (fm_u32)it->ldy, .n = (fm_u32)n};
-            FM_TRY(mat_address(m, it->W, &t.codes, &t.codes_at, &t.scales, &t.biases));
+            FM_TRY(fm_metal_mat_address(m, it->W, fm_metal_address, &t.codes, &t.codes_at, &t.scales, &t.biases));
             const size_t y_bytes = (size_t)((n - 1) * it->ldy + it->W->n_rows) * 4;
             FM_TRY(fm_metal_address(m, it->y, y_bytes, "matmul y", &t.y));
             if (it->bias)
@@ -193,9 +190,10 @@ static fm_status expert_item(const expert_run *r, int j, phase p, fm_metal_item 
     float *y = p == PHASE_DOWN ? r->a->out : p == PHASE_UP ? r->a->up : r->a->gate;
     const int64_t ldy = p == PHASE_DOWN ? r->hidden : r->width;
     memset(t, 0, sizeof *t);
-    FM_TRY(mat_address(r->m, W, &t->codes, &t->codes_at, &t->scales, &t->biases));
+    FM_TRY(fm_metal_mat_address(r->m, W, fm_metal_address, &t->codes, &t->codes_at, &t->scales, &t->biases));
     if (p == PHASE_GATE_UP)
-        FM_TRY(mat_address(r->m, &job->up, &t->up_codes, &t->up_at, &t->up_scales, &t->up_biases));
+        FM_TRY(fm_metal_mat_address(r->m, &job->up, fm_metal_address, &t->up_codes, &t->up_at, &t->up_scales,
+                                    &t->up_biases));
     FM_TRY(fm_metal_address(r->m, y + job->out0 * ldy, (size_t)(job->n * ldy) * 4, "experts' output", &t->y));
     t->n_out = (fm_u32)W->n_rows;
     t->ldy = (fm_u32)ldy;
@@ -213,8 +211,8 @@ static fm_status expert_phase(const expert_run *r, phase p)
     fm_metal_item *items = host;
     for (int i = 0; i < r->n; i++)
         FM_TRY(expert_item(r, r->jobs[i], p, &items[i]));
-    mat_kind kind;
-    FM_TRY(kind_of(p == PHASE_DOWN ? &first->down : p == PHASE_UP ? &first->up : &first->gate, &kind));
+    fm_metal_kind kind;
+    FM_TRY(fm_metal_kind_of(p == PHASE_DOWN ? &first->down : p == PHASE_UP ? &first->up : &first->gate, &kind));
     const bool down = p == PHASE_DOWN;
     return run_items(r->m, kind, p == PHASE_GATE_UP, down ? r->gate : r->x, down ? r->width : r->hidden,
                      down ? NULL : &r->rows, table, items, r->n);
@@ -244,10 +242,10 @@ static fm_status same_run(const fm_expert_job *a, const fm_expert_job *b, bool *
     *same = (a->n <= fm_metal_tune.vec_rows) == (b->n <= fm_metal_tune.vec_rows);
     const fm_mat *pa[] = {&a->gate, &a->up, &a->down}, *pb[] = {&b->gate, &b->up, &b->down};
     for (int i = 0; i < 3; i++) {
-        mat_kind ka, kb;
-        FM_TRY(kind_of(pa[i], &ka));
-        FM_TRY(kind_of(pb[i], &kb));
-        *same = *same && same_kind(&ka, &kb);
+        fm_metal_kind ka, kb;
+        FM_TRY(fm_metal_kind_of(pa[i], &ka));
+        FM_TRY(fm_metal_kind_of(pb[i], &kb));
+        *same = *same && fm_metal_same_kind(&ka, &kb);
     }
     return FM_OK;
 }
@@ -290,11 +288,11 @@ fm_status fm_metal_experts(fm_backend *b, const fm_expert_args *a)
             jobs[r.n++] = j;
         }
         const fm_expert_job *job = &a->jobs[first];
-        mat_kind gate, up;
-        FM_TRY(kind_of(&job->gate, &gate));
-        FM_TRY(kind_of(&job->up, &up));
+        fm_metal_kind gate, up;
+        FM_TRY(fm_metal_kind_of(&job->gate, &gate));
+        FM_TRY(fm_metal_kind_of(&job->up, &up));
         /* gate and up of different formats cannot share a pass */
-        FM_TRY(run_experts(&r, job->n > fm_metal_tune.vec_rows || !same_kind(&gate, &up)));
+        FM_TRY(run_experts(&r, job->n > fm_metal_tune.vec_rows || !fm_metal_same_kind(&gate, &up)));
     }
     return FM_OK;
 }

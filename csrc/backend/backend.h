@@ -6,6 +6,9 @@
  * Arrays inside args (spans, items, jobs, hist_in, kv) are read during the call; what they point to, later.
  * Ops may run at once or be recorded; sync returns when all are done and reports the first failure. Ops run in the
  * order they were called. Each op's arithmetic contract and bound is the twin slot's in cpu/kernels.h.
+ * A pipelined device can stop inside a recording until the host has done something, and go on without a new one:
+ *   record   ..route.. tell(&a) ..trunk work.. hold(&b) experts_later combine ..next layer.. flush
+ *   then     await(a), read the ids, have the experts read, set_jobs, post(b), and so on; sync
  * All activations are f32, row-major; n = rows (tokens). Not thread-safe: one caller at a time. */
 #ifndef FM_BACKEND_BACKEND_H
 #define FM_BACKEND_BACKEND_H
@@ -31,6 +34,7 @@ typedef enum fm_usage {
 typedef struct fm_caps {
     bool unified_memory; /* alloc'ed addresses are valid on the host too */
     bool asynchronous;   /* ops only run by sync or flush */
+    bool pipelined;      /* the ops of that name are there */
     size_t max_bytes;    /* recommended limit of all allocations; 0: none known */
 } fm_caps;
 
@@ -106,7 +110,20 @@ typedef struct fm_expert_args {
     float *out;       /* [capacity, hidden] */
 } fm_expert_args;
 
-/* y[r] += sum over e in [start[r], start[r+1]) of weight[e] * part[index[e]], in that order. */
+/* Experts whose jobs the host names while the recording runs. */
+typedef struct fm_expert_later {
+    const float *x; /* [n_x, hidden]; a job has at most n_x rows */
+    int64_t n_x;
+    fm_mat gate, up, down; /* like every job's; of the addresses only the alignment counts: no job's is less aligned */
+    float *gate_y, *up_y;  /* scratch [n_parts, width] each */
+    float *out;            /* [n_parts, hidden] */
+    int64_t n_jobs, n_parts; /* at most, and rows of all jobs at most */
+    void *table;           /* n_parts * FM_LATER_PART_BYTES of the backend's memory, its own until sync */
+} fm_expert_later;
+#define FM_LATER_PART_BYTES 640
+
+/* y[r] += sum over e in [start[r], start[r+1]) of weight[e] * part[index[e]], in that order. The lists are read when
+ * the op runs if they lie in the backend's memory, else during the call. */
 typedef struct fm_combine_args {
     float *y; /* [n, hidden] */
     int64_t n, hidden;
@@ -114,6 +131,7 @@ typedef struct fm_combine_args {
     const int32_t *start; /* [n + 1] */
     const int32_t *index;
     const float *weight;
+    int64_t n_parts;      /* rows of part, and room in index and weight */
 } fm_combine_args;
 
 typedef struct fm_backend_vtable {
@@ -151,8 +169,18 @@ typedef struct fm_backend_vtable {
                            int64_t n_cols);
     /* First row of [n, n_cols] that holds a NaN or infinity, -1 if none; implies sync. */
     fm_status (*find_nonfinite)(fm_backend *b, const float *x, int64_t n, int64_t n_cols, int64_t *row);
+    /* Pipelining; NULL without caps.pipelined. Recorded: */
+    fm_status (*tell)(fm_backend *b, uint64_t *value); /* the host learns that all before is done: see await */
+    fm_status (*hold)(fm_backend *b, uint64_t *value); /* nothing after runs before post(value); values rise */
+    fm_status (*experts_later)(fm_backend *b, const fm_expert_later *a); /* without jobs until set_jobs */
+    fm_status (*mark_nonfinite)(fm_backend *b, const float *x, int64_t n, int64_t n_cols, uint32_t *marks); /* [n]: row r is not finite */
+    /* By the host, after flush. set_jobs may only be called while the device does not run the op: before its hold is
+     * posted, or after a later tell. */
+    fm_status (*await)(fm_backend *b, uint64_t value); /* FM_ERR_BACKEND when the device failed or does not get there */
+    fm_status (*set_jobs)(fm_backend *b, const fm_expert_later *a, const fm_expert_job *jobs, int n_jobs);
+    void (*post)(fm_backend *b, uint64_t value); /* this hold and all before it are over; twice is fine */
 } fm_backend_vtable;
-#define FM_BACKEND_VERSION 1
+#define FM_BACKEND_VERSION 2
 
 struct fm_backend {
     const fm_backend_vtable *v; /* first field of every backend's own struct */

@@ -63,7 +63,7 @@ static fm_status compute_wave(fm_model *m, const fm_batch *b, struct fm_wave *w,
     const fm_parts parts = {m->s.comb_start, m->s.comb_index, m->s.comb_weight};
     fm_wave_parts(m, w, b->n_rows, &parts);
     const fm_combine_args a = {m->s.x, b->n_rows, m->c.hidden_size, m->s.exp_out, m->s.comb_start, m->s.comb_index,
-                               m->s.comb_weight};
+                               m->s.comb_weight, w->rows};
     FM_TRY(m->be->v->combine(m->be, &a));
     int64_t bad; /* looking syncs: the slots may be overwritten after it */
     FM_TRY(m->be->v->find_nonfinite(m->be, m->s.exp_out, w->rows, m->c.hidden_size, &bad));

@@ -145,8 +145,12 @@ RouteArgs = struct("RouteArgs", n_experts=I64, k=I64, sigmoid=INT, renorm=INT, e
                    n_group=I64, topk_group=I64, bias=P)  # fmt: skip
 ExpertJob = struct("ExpertJob", gate=Mat, up=Mat, down=Mat, rows=P, n=I64, out0=I64)
 ExpertArgs = struct("ExpertArgs", x=P, n_x=I64, jobs=P, n_jobs=INT, gate=P, up=P, out=P)
-CombineArgs = struct("CombineArgs", y=P, n=I64, hidden=I64, part=P, start=P, index=P, weight=P)
-Caps = struct("Caps", unified_memory=C.c_bool, asynchronous=C.c_bool, max_bytes=C.c_size_t)
+CombineArgs = struct("CombineArgs", y=P, n=I64, hidden=I64, part=P, start=P, index=P, weight=P,
+                     n_parts=I64)  # fmt: skip
+ExpertLater = struct("ExpertLater", x=P, n_x=I64, gate=Mat, up=Mat, down=Mat, gate_y=P, up_y=P,
+                     out=P, n_jobs=I64, n_parts=I64, table=P)  # fmt: skip
+Caps = struct("Caps", unified_memory=C.c_bool, asynchronous=C.c_bool, pipelined=C.c_bool,
+              max_bytes=C.c_size_t)  # fmt: skip
 Opts = struct("Opts", name=C.c_char_p, pool=P, numeric=INT)
 Error = struct("Error", status=INT, err=INT, path=C.c_char_p, message=C.c_char_p)
 
@@ -172,6 +176,13 @@ _OPS = {
     "combine": (INT, [C.POINTER(CombineArgs)]),
     "add_gated": (INT, [P, P, P, I64, I64]),
     "find_nonfinite": (INT, [P, I64, I64, C.POINTER(I64)]),
+    "tell": (INT, [C.POINTER(C.c_uint64)]),
+    "hold": (INT, [C.POINTER(C.c_uint64)]),
+    "experts_later": (INT, [C.POINTER(ExpertLater)]),
+    "mark_nonfinite": (INT, [P, I64, I64, P]),
+    "await": (INT, [C.c_uint64]),
+    "set_jobs": (INT, [C.POINTER(ExpertLater), P, INT]),
+    "post": (None, [C.c_uint64]),
 }
 Vtable = struct("Vtable", version=INT, name=C.c_char_p,
                 **{k: C.CFUNCTYPE(r, P, *a) for k, (r, a) in _OPS.items()})  # fmt: skip

@@ -47,11 +47,11 @@ def both():
     assert H.MAC or made.metal.lib.fake_metal_live() == 0, "objects of the stand-in are still alive"
 
 
-def put(b, w, skip=0):
+def put(b, w, skip=0, usage=0):
     """A weight matrix in backend memory."""
     affine = w.fmt.startswith("affine")
-    areas = [b.array(w.codes, 0, skip)]
-    areas += [b.array(a, 0, skip) if affine else None for a in (w.scales, w.biases)]
+    areas = [b.array(w.codes, usage, skip)]
+    areas += [b.array(a, usage, skip) if affine else None for a in (w.scales, w.biases)]
     b.keep = getattr(b, "keep", []) + areas
     return H.Mat(QUANT[w.fmt], QUANT[w.scale] if affine else 0, w.group if affine else 0, *w.shape,
                  *[H.address(a) for a in areas], w.codes.shape[1], w.scales.shape[1] if affine else 0)  # fmt: skip
@@ -267,7 +267,7 @@ def test_route_and_combine(both, n_experts, k, kw):
                         bb.ctypes.data if kw.get("bias") else None)  # fmt: skip
         b.route(C.byref(a), lb.ctypes.data, n, ids.ctypes.data, weights.ctypes.data)
         c = H.CombineArgs(y.ctypes.data, n, hidden, b.array(parts).ctypes.data, start.ctypes.data,
-                          index.ctypes.data, weights.ctypes.data)  # fmt: skip
+                          index.ctypes.data, weights.ctypes.data, n * k)  # fmt: skip
         b.combine(C.byref(c))
         b.sync()
         b.ids = ids.copy()

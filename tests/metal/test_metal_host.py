@@ -22,7 +22,7 @@ def metal():
 class Counters(C.Structure):
     _fields_ = [(n, C.c_uint64) for n in
                 ("command_buffers", "encoders", "dispatches", "waits", "upload_bytes",
-                 "encode_ns")]  # fmt: skip
+                 "encode_ns", "events", "awaits")]  # fmt: skip
 
 
 def counters(b):
@@ -49,12 +49,13 @@ def test_struct_sizes():
     """ctypes mirrors agree with the compiler."""
     names = ["Mat", "MatmulItem", "Span", "RopeArgs", "Kv", "AttnArgs", "AttentionArgs", "ConvArgs",
              "DeltaArgs", "DeltaBatch", "RouteArgs", "ExpertJob", "ExpertArgs", "CombineArgs",
-             "Caps", "Opts", "Vtable"]  # fmt: skip
+             "ExpertLater", "Caps", "Opts", "Vtable"]  # fmt: skip
     want = {"Mat": "fm_mat", "MatmulItem": "fm_matmul_item", "Span": "fm_span", "Kv": "fm_kv",
             "RopeArgs": "fm_rope_args", "AttnArgs": "fm_attn_args", "ConvArgs": "fm_conv_args",
             "AttentionArgs": "fm_attention_args", "DeltaArgs": "fm_delta_args",
             "DeltaBatch": "fm_delta_batch", "RouteArgs": "fm_route_args",
             "ExpertJob": "fm_expert_job", "ExpertArgs": "fm_expert_args", "Caps": "fm_caps",
+            "ExpertLater": "fm_expert_later",
             "CombineArgs": "fm_combine_args", "Opts": "fm_backend_opts",
             "Vtable": "fm_backend_vtable"}  # fmt: skip
     checks = "".join(

@@ -72,11 +72,13 @@ MUTANTS = {
 }  # fmt: skip
 
 
-BACK, HOST = "test_metal_backend.py", "test_metal_host.py"
+BACK, HOST, LATER = "test_metal_backend.py", "test_metal_host.py", "test_metal_later.py"
 LATE, PROTECT = "FAKE_METAL_LATE", "FAKE_METAL_PROTECT"
 DEV, ENC, ENC_MAT, ENC_MIX = (
     f"metal_{n}.m" for n in ("device", "encode", "encode_mat", "encode_mix")
 )
+
+LATE_FILE = "metal_later.m"
 
 HOST_MUTANTS = {
     "forgotten wait": (ENC, "FM_TRY(fm_metal_sync(m));", "fm_metal_flush(m);", 0, BACK, "nonfinite"),
@@ -87,7 +89,7 @@ HOST_MUTANTS = {
     "declared once for ever": (DEV, "m->encoder_number++;", "m->encoder_number = 1;", 0, BACK, "route or mixed"),
     "ring not advanced": (DEV, "m->ring_used += need;", "", 0, BACK, "mixed or experts"),
     "ids one short": (ENC_MAT, "memcpy(host, ids, (size_t)n * 4);", "memcpy(host, ids, (size_t)n * 4 - 4);", 0, BACK, "embed"),
-    "grid rounded down": (ENC_MAT, "(most_out + per - 1) / per", "most_out / per", 0, BACK, "test_matmul"),
+    "grid rounded down": (ENC_MAT, "(a->most_out + per - 1) / per", "a->most_out / per", 0, BACK, "test_matmul"),
     "row list of down": (ENC_MAT, "(fm_u32)job->out0 : r->row0[j]", "r->row0[j] : (fm_u32)job->out0", 0, BACK, "test_experts"),
     "kind of up": (ENC_MAT, "p == PHASE_UP ? &first->up : &first->gate, &kind", "&first->gate, &kind", 0, BACK, "three_formats"),
     "kinds merged": (ENC_MAT, "a->n_cols == b->n_cols &&", "true ||", 0, BACK, "mixed"),
@@ -111,6 +113,25 @@ HOST_MUTANTS = {
     "free not counted": (DEV, "m->bytes -= b.bytes;", "", 0, HOST, "limits"),
     "range ignored": (DEV, "bytes <= b->bytes - at", "true", 0, HOST, "foreign"),
     "wait for ever": (DEV, "if (dispatch_semaphore_wait(m->done, until) != 0) {", "if (dispatch_semaphore_wait(m->done, DISPATCH_TIME_FOREVER) != 0) {", 0, HOST, "hung"),
+    # events, and experts named while the device waits
+    "hold forgotten": (DEV, "[m->commands encodeWaitForEvent:m->ready value:*value];", "", 0, LATER, "later_equals"),
+    "tell before its work": (DEV, "    end_encoder(m);\n    *value = ++m->told_value;\n    [m->commands encodeSignalEvent:m->told value:*value];", "    *value = ++m->told_value;\n    [m->commands encodeSignalEvent:m->told value:*value];\n    end_encoder(m);", 0, LATER, "later_equals"),
+    "one hold for all": (DEV, "*value = ++m->ready_value;", "*value = m->ready_value = 1;", 0, LATER, "later_equals"),
+    "wrong event": (DEV, "encodeWaitForEvent:m->ready", "encodeWaitForEvent:m->told", 0, LATER, "later_equals"),
+    "wrong event value": (DEV, "encodeWaitForEvent:m->ready value:*value", "encodeWaitForEvent:m->ready value:*value - 1", 0, LATER, "later_equals"),
+    "host does not wait": (DEV, "if ([m->told waitUntilSignaledValue:value timeoutMS:AWAIT_STEP_MS])", "if (true)", 0, LATER, "later_equals or failed"),
+    "failure unseen by await": (DEV, "if (last && [last status] >= MTLCommandBufferStatusCompleted &&", "if (last && [last status] >= MTLCommandBufferStatusError + 1 &&", 0, LATER, "failed_device or nobody"),
+    "post falls": (DEV, "if (value <= m->posted) /* values only rise */\n        return;", "", 0, LATER, "no_jobs"),
+    "slots undeclared": (LATE_FILE, "FM_TRY(fm_metal_declare_slots(r.m));", "", 0, LATER, "later_equals"),
+    "only one slot buffer": (DEV, "m->buffers[i].usage == FM_USAGE_SLOTS", "i == 0", 0, LATER, "later_equals"),
+    "table not cleared": (LATE_FILE, "memset(a->table, 0, bytes);", "memset(a->table, 1, bytes);", 0, LATER, "no_jobs"),
+    "stale jobs": (LATE_FILE, "items_of(a, (list)l)[i].n = 0;", "(void)i;", 0, LATER, "later_equals or refused"),
+    "rows of parts": (LATE_FILE, "memcpy(rows_of(a) + job->out0,", "memcpy(rows_of(a),", 0, LATER, "later_equals"),
+    "few limit": (LATE_FILE, "job->n > fm_metal_tune.vec_rows ? MANY_GATE : FEW_GATE", "FEW_GATE", 0, LATER, "later_equals"),
+    "swiglu after the few": (LATE_FILE, "if (r.fused)\n        FM_TRY(run_list(&r, FEW_GATE, r.gate));\n", "", 0, LATER, "later_equals"),
+    "many cut short": (LATE_FILE, "a->n_parts / (few + 1)", "a->n_parts / (few + 12)", 0, LATER, "later_equals"),
+    "alignment of gate alone": (LATE_FILE, "gate->c.v[FM_FC_BYTES] || up->c.v[FM_FC_BYTES]", "gate->c.v[FM_FC_BYTES] && up->c.v[FM_FC_BYTES]", 0, LATER, "later_equals or refused"),
+    "marks elsewhere": (ENC, "fm_metal_bind_place(&c, 1, marks);", "fm_metal_bind_place(&c, 1, (fm_metal_place){marks.buffer, 0});", 0, LATER, "combine"),
 }  # fmt: skip
 
 

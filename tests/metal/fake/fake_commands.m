@@ -1,6 +1,6 @@
-/* Queue, command buffers and encoders of the stand-in framework. Each queue has a worker thread that runs command
- * buffers in order; with FAKE_METAL_LATE=1 they run only inside waitUntilCompleted, so that a result read too early is
- * always wrong. */
+/* Queue and command buffers of the stand-in framework. Each queue has a worker thread that runs command
+ * buffers in order; with FAKE_METAL_LATE=1 they run only while someone waits and no further than that needs, so that
+ * a result read too early is always wrong. */
 #include "fake_metal.h"
 
 #include <Block.h>
@@ -19,132 +19,6 @@ __attribute__((visibility("default"))) void fake_metal_counts(long out[2])
     out[1] = __atomic_load_n(&n_dispatches, __ATOMIC_SEQ_CST);
 }
 
-@implementation FakeEncoder
-#define LIVE CHECK(!ended, @"%s after endEncoding", sel_getName(_cmd))
-- (void)setComputePipelineState:(id<MTLComputePipelineState>)state
-{
-    LIVE;
-    CHECK(state, @"setComputePipelineState: nil");
-    now.pipeline = (FakePipeline *)state;
-    [commands->keep addObject:state];
-}
-
-- (void)setBuffer:(id<MTLBuffer>)buffer offset:(NSUInteger)offset atIndex:(NSUInteger)index
-{
-    LIVE;
-    FakeBuffer *b = (FakeBuffer *)buffer;
-    CHECK(index < FAKE_SLOTS, @"buffer index %lu: at most 30", (unsigned long)index);
-    CHECK(b, @"setBuffer: nil at index %lu", (unsigned long)index);
-    CHECK(offset < b->len, @"setBuffer: offset %lu must be < length %lu [index %lu]", (unsigned long)offset,
-          (unsigned long)b->len, (unsigned long)index);
-    now.bound[index] = b;
-    free(now.bytes[index]);
-    now.bytes[index] = NULL;
-    now.d.buf[index].ptr = (char *)b->p + offset;
-    now.d.buf[index].len = b->len - offset;
-}
-
-- (void)setBytes:(const void *)bytes length:(NSUInteger)length atIndex:(NSUInteger)index
-{
-    LIVE;
-    CHECK(index < FAKE_SLOTS, @"buffer index %lu: at most 30", (unsigned long)index);
-    CHECK(length > 0 && length <= 4096, @"setBytes: length %lu, at most 4096", (unsigned long)length);
-    free(now.bytes[index]);
-    now.bytes[index] = malloc(length);
-    memcpy(now.bytes[index], bytes, length);
-    byte_len[index] = length;
-    now.bound[index] = nil;
-    now.d.buf[index].ptr = now.bytes[index];
-    now.d.buf[index].len = length;
-}
-
-- (void)useResource:(id<MTLResource>)resource usage:(MTLResourceUsage)usage
-{
-    LIVE;
-    CHECK(resource && usage, @"useResource: nil, or no usage");
-    [commands->used addObject:resource];
-    [commands->keep addObject:resource];
-    __atomic_fetch_add(&((FakeBuffer *)resource)->in_flight, 1, __ATOMIC_SEQ_CST);
-}
-
-static void check_bindings(const fake_dispatch *d)
-{
-    const msl_kernel *k = d->pipeline->function->kernel;
-    for (int i = 0; i < k->n_params; i++) {
-        const msl_param *p = &k->params[i];
-        if (p->kind != MSL_P_BUFFER)
-            continue;
-        const msl_binding *b = &d->d.buf[p->index];
-        CHECK(b->ptr, @"kernel %s: missing buffer binding at index %u for %s", k->name, p->index, p->name);
-        CHECK(!p->elem_align || (uintptr_t)b->ptr % p->elem_align == 0,
-              @"kernel %s: buffer %u (%s): offset is not aligned to %u bytes", k->name, p->index, p->name,
-              p->elem_align);
-        CHECK(!p->is_ref || b->len >= p->elem_size, @"kernel %s: argument %s at buffer %u has %zu bytes, needs %u",
-              k->name, p->name, p->index, b->len, p->elem_size);
-    }
-}
-
-- (void)dispatchThreadgroups:(MTLSize)g threadsPerThreadgroup:(MTLSize)t
-{
-    LIVE;
-    CHECK(now.pipeline, @"dispatch without a compute pipeline state");
-    CHECK(g.width && g.height && g.depth && t.width && t.height && t.depth, @"dispatch with an empty grid or group");
-    const NSUInteger threads = t.width * t.height * t.depth;
-    CHECK(threads <= [now.pipeline maxTotalThreadsPerThreadgroup], @"%lu threads per threadgroup, at most %lu",
-          (unsigned long)threads, (unsigned long)[now.pipeline maxTotalThreadsPerThreadgroup]);
-    check_bindings(&now);
-    FakeCommandBuffer *c = commands;
-    if (c->n == c->capacity) {
-        c->capacity = c->capacity ? 2 * c->capacity : 16;
-        c->list = realloc(c->list, (size_t)c->capacity * sizeof *c->list);
-    }
-    fake_dispatch *to = &c->list[c->n++];
-    *to = now;
-    to->n_used = [c->used count];
-    const unsigned groups[3] = {(unsigned)g.width, (unsigned)g.height, (unsigned)g.depth};
-    const unsigned size[3] = {(unsigned)t.width, (unsigned)t.height, (unsigned)t.depth};
-    for (int a = 0; a < 3; a++) {
-        to->d.grid[a] = groups[a] * size[a];
-        to->d.tg[a] = size[a];
-    }
-    for (int i = 0; i < FAKE_SLOTS; i++) {
-        if (now.bytes[i]) {
-            to->bytes[i] = malloc(byte_len[i]);
-            memcpy(to->bytes[i], now.bytes[i], byte_len[i]);
-            to->d.buf[i].ptr = to->bytes[i];
-        }
-        if (now.bound[i]) {
-            [c->keep addObject:now.bound[i]];
-            __atomic_fetch_add(&now.bound[i]->in_flight, 1, __ATOMIC_SEQ_CST);
-        }
-    }
-}
-
-- (void)memoryBarrierWithScope:(MTLBarrierScope)scope
-{
-    LIVE;
-    CHECK(scope == MTLBarrierScopeBuffers, @"memoryBarrierWithScope: the stand-in knows buffers only");
-    CHECK(commands->n > 0, @"memoryBarrierWithScope before any dispatch"); /* dispatches run in order here */
-}
-
-- (void)endEncoding
-{
-    LIVE;
-    ended = YES;
-    commands->open = nil;
-    for (int i = 0; i < FAKE_SLOTS; i++) {
-        free(now.bytes[i]);
-        now.bytes[i] = NULL;
-    }
-}
-
-- (void)dealloc
-{
-    CHECK(ended, @"command encoder released without endEncoding");
-    [super dealloc];
-}
-@end
-
 @implementation FakeCommandBuffer
 - (id<MTLComputeCommandEncoder>)computeCommandEncoder
 {
@@ -152,8 +26,41 @@ static void check_bindings(const fake_dispatch *d)
     CHECK(!open, @"a command encoder is already encoding to this command buffer");
     FakeEncoder *e = [[[FakeEncoder alloc] init] autorelease];
     e->commands = self;
+    e->used_from = [used count];
     open = e;
     return e;
+}
+
+- (fake_dispatch *)append
+{
+    if (n == capacity) {
+        capacity = capacity ? 2 * capacity : 16;
+        list = realloc(list, (size_t)capacity * sizeof *list);
+    }
+    memset(&list[n], 0, sizeof *list);
+    return &list[n++];
+}
+
+- (void)encode:(fake_kind)kind event:(id<MTLEvent>)event value:(uint64_t)value
+{
+    CHECK(st < MTLCommandBufferStatusCommitted, @"event encoded after commit");
+    CHECK(!open, @"event encoded while an encoder is still encoding");
+    CHECK(event, @"event encoded: nil");
+    fake_dispatch *to = [self append];
+    to->kind = kind;
+    to->event = (FakeEvent *)event;
+    to->value = value;
+    [keep addObject:event];
+}
+
+- (void)encodeSignalEvent:(id<MTLEvent>)event value:(uint64_t)value
+{
+    [self encode:FAKE_SIGNAL event:event value:value];
+}
+
+- (void)encodeWaitForEvent:(id<MTLEvent>)event value:(uint64_t)value
+{
+    [self encode:FAKE_WAIT event:event value:value];
 }
 
 - (void)addCompletedHandler:(MTLCommandBufferHandler)block
@@ -170,7 +77,8 @@ static void check_bindings(const fake_dispatch *d)
     st = MTLCommandBufferStatusCommitted;
     pthread_mutex_unlock(&lock);
     __atomic_fetch_add(&n_commands, 1, __ATOMIC_SEQ_CST);
-    __atomic_fetch_add(&n_dispatches, n, __ATOMIC_SEQ_CST);
+    for (int i = 0; i < n; i++)
+        __atomic_fetch_add(&n_dispatches, list[i].kind == FAKE_RUN, __ATOMIC_SEQ_CST);
     [queue submit:self];
 }
 
@@ -193,7 +101,7 @@ static void check_bindings(const fake_dispatch *d)
     for (int i = 0; i < FAKE_SLOTS && protect; i++)
         if (d->bound[i])
             [allowed addObject:d->bound[i]];
-    for (size_t i = 0; i < d->n_used && protect; i++)
+    for (size_t i = d->used_from; i < d->n_used && protect; i++)
         [allowed addObject:[used objectAtIndex:i]];
     if (protect)
         fake_buffers_protect(allowed, true);
@@ -204,42 +112,70 @@ static void check_bindings(const fake_dispatch *d)
     return failed ? [NSString stringWithUTF8String:error] : nil;
 }
 
-- (void)run
+/* One command; false: it waits for an event and is not over. */
+- (BOOL)step:(fake_dispatch *)d problem:(NSString **)why
+{
+    if (d->kind == FAKE_RUN)
+        *why = [self runDispatch:d];
+    else if (d->kind == FAKE_SIGNAL)
+        [d->event setSignaledValue:d->value];
+    else if (queue->late)
+        return [d->event signaledValue] >= d->value;
+    else if (![d->event reached:d->value within:(uint64_t)fake_env("FAKE_METAL_EVENT_MS", 20000)])
+        *why = [NSString stringWithFormat:@"timed out waiting for value %lu of an event", (unsigned long)d->value];
+    return YES;
+}
+
+- (BOOL)runUntil:(FakeEvent *)event value:(uint64_t)value
 {
     @autoreleasepool {
         if (number == fake_env("FAKE_METAL_HANG", -1))
             for (;;)
                 pause();
-        NSString *why = number == fake_env("FAKE_METAL_FAIL", -1) ? @"planted failure" : nil;
-        for (int i = 0; i < n && !why; i++)
-            why = [self runDispatch:&list[i]];
-        if (why)
-            problem = [fake_error(@"MTLCommandBufferErrorDomain", 3, why) retain];
-        for (int i = 0; i < n; i++)
-            for (int j = 0; j < FAKE_SLOTS; j++) {
-                free(list[i].bytes[j]);
-                if (list[i].bound[j])
-                    __atomic_fetch_sub(&list[i].bound[j]->in_flight, 1, __ATOMIC_SEQ_CST);
-            }
-        for (FakeBuffer *b in used)
-            __atomic_fetch_sub(&b->in_flight, 1, __ATOMIC_SEQ_CST);
-        for (NSValue *v in handlers) {
-            ((MTLCommandBufferHandler)[v pointerValue])(self);
-            Block_release([v pointerValue]);
+        const long fails = number == fake_env("FAKE_METAL_FAIL", -1) ? fake_env("FAKE_METAL_FAIL_AT", 0) : n + 1;
+        NSString *why = fails == 0 ? @"planted failure" : nil;
+        while (next < n && !why) {
+            if (![self step:&list[next] problem:&why])
+                return NO;
+            next++;
+            if (next >= fails)
+                why = @"planted failure";
+            if (event && next < n && !why && [event signaledValue] >= value)
+                return NO;
         }
-        [handlers removeAllObjects];
-        [keep removeAllObjects];
-        pthread_mutex_lock(&lock);
-        st = problem ? MTLCommandBufferStatusError : MTLCommandBufferStatusCompleted;
-        pthread_cond_broadcast(&changed);
-        pthread_mutex_unlock(&lock);
+        [self finish:why];
     }
+    return YES;
+}
+
+- (void)finish:(NSString *)why
+{
+    if (why)
+        problem = [fake_error(@"MTLCommandBufferErrorDomain", 3, why) retain];
+    for (int i = 0; i < n; i++)
+        for (int j = 0; j < FAKE_SLOTS; j++) {
+            free(list[i].bytes[j]);
+            if (list[i].bound[j])
+                __atomic_fetch_sub(&list[i].bound[j]->in_flight, 1, __ATOMIC_SEQ_CST);
+        }
+    for (FakeBuffer *b in used)
+        __atomic_fetch_sub(&b->in_flight, 1, __ATOMIC_SEQ_CST);
+    for (NSValue *v in handlers) {
+        ((MTLCommandBufferHandler)[v pointerValue])(self);
+        Block_release([v pointerValue]);
+    }
+    [handlers removeAllObjects];
+    [keep removeAllObjects];
+    pthread_mutex_lock(&lock);
+    st = problem ? MTLCommandBufferStatusError : MTLCommandBufferStatusCompleted;
+    pthread_cond_broadcast(&changed);
+    pthread_mutex_unlock(&lock);
 }
 
 - (void)waitUntilCompleted
 {
     CHECK([self status] >= MTLCommandBufferStatusCommitted, @"waitUntilCompleted before commit");
-    [queue runUntil:self];
+    [queue runUntil:self event:nil value:0];
     pthread_mutex_lock(&lock);
     while (st < MTLCommandBufferStatusCompleted)
         pthread_cond_wait(&changed, &lock);
@@ -297,7 +233,7 @@ static void *work(void *p)
         if (!c)
             return NULL;
         @autoreleasepool {
-            [c run];
+            [c runUntil:nil value:0];
             [c release];
         }
     }
@@ -305,11 +241,9 @@ static void *work(void *p)
 
 static FakeQueue *late_queue; /* the newest */
 
-void fake_metal_run_late(void);
-void fake_metal_run_late(void)
-{
-    [late_queue runUntil:nil];
-}
+void fake_metal_run_late(void) { [late_queue runUntil:nil event:nil value:0]; }
+
+void fake_metal_run_late_until(FakeEvent *event, uint64_t value) { [late_queue runUntil:nil event:event value:value]; }
 
 @implementation FakeQueue
 - (id)init
@@ -346,20 +280,23 @@ void fake_metal_run_late(void)
     pthread_mutex_unlock(&lock);
 }
 
-- (void)runUntil:(FakeCommandBuffer *)last
+- (void)runUntil:(FakeCommandBuffer *)last event:(FakeEvent *)event value:(uint64_t)value
 {
-    while (late) {
+    while (late && !(event && [event signaledValue] >= value)) {
         pthread_mutex_lock(&lock);
         FakeCommandBuffer *c = [waiting count] ? [[waiting objectAtIndex:0] retain] : nil;
-        if (c)
-            [waiting removeObjectAtIndex:0];
         pthread_mutex_unlock(&lock);
         if (!c)
             return;
-        [c run];
-        const bool done = c == last;
+        const bool done = [c runUntil:event value:value];
+        if (done) {
+            pthread_mutex_lock(&lock);
+            [waiting removeObjectAtIndex:0];
+            pthread_mutex_unlock(&lock);
+        }
+        const bool stop_here = !done || c == last;
         [c release];
-        if (done)
+        if (stop_here)
             return;
     }
 }

@@ -2,8 +2,10 @@
  *
  * Environment: FAKE_METAL_LATE=1     nothing runs before someone waits
  *              FAKE_METAL_PROTECT=1  buffers that a dispatch did not bind or declare are unreadable while it runs
- *              FAKE_METAL_FAIL=n     the n-th command buffer ends in an error
+ *              FAKE_METAL_FAIL=n     the n-th command buffer ends in an error, after
+ *              FAKE_METAL_FAIL_AT=m  m of its commands (0)
  *              FAKE_METAL_HANG=n     the n-th command buffer never ends
+ *              FAKE_METAL_EVENT_MS=n a wait for an event ends its command buffer in an error after n ms (20000)
  *              FAKE_METAL_NO_DEVICE=1, FAKE_METAL_WORKING_SET=bytes, FAKE_METAL_MAX_BUFFER=bytes */
 #ifndef FAKE_METAL_INTERNAL_H
 #define FAKE_METAL_INTERNAL_H
@@ -60,12 +62,28 @@ void fake_metal_counts(long out[2]);
 }
 @end
 
+/* What two sides tell each other by a rising number. */
+@interface FakeEvent : FakeObject <MTLSharedEvent> {
+@public
+    pthread_mutex_t lock;
+    pthread_cond_t changed;
+    uint64_t value;
+}
+- (BOOL)reached:(uint64_t)v within:(uint64_t)milliseconds;
+@end
+
+typedef enum fake_kind { FAKE_RUN, FAKE_SIGNAL, FAKE_WAIT } fake_kind;
+
+/* A recorded command: a dispatch, or an event with its value. */
 typedef struct fake_dispatch {
+    fake_kind kind;
+    FakeEvent *event;
+    uint64_t value;
     FakePipeline *pipeline;
     msl_dispatch d;
     void *bytes[FAKE_SLOTS]; /* owned copies of setBytes */
     FakeBuffer *bound[FAKE_SLOTS];
-    size_t n_used; /* of the command buffer's `used` when recorded */
+    size_t used_from, n_used; /* what its encoder declared of the command buffer's `used` before it */
 } fake_dispatch;
 
 @class FakeCommandBuffer;
@@ -73,7 +91,7 @@ typedef struct fake_dispatch {
 @public
     FakeCommandBuffer *commands;
     fake_dispatch now;
-    size_t byte_len[FAKE_SLOTS];
+    size_t byte_len[FAKE_SLOTS], used_from;
     BOOL ended;
 }
 @end
@@ -88,14 +106,15 @@ typedef struct fake_dispatch {
     long n_committed;
 }
 - (void)submit:(FakeCommandBuffer *)c;
-- (void)runUntil:(FakeCommandBuffer *)c;
+/* Late mode: run in the caller until `last` is done, the event has the value, or nothing can go on. */
+- (void)runUntil:(FakeCommandBuffer *)last event:(FakeEvent *)event value:(uint64_t)value;
 @end
 
 @interface FakeCommandBuffer : FakeObject <MTLCommandBuffer> {
 @public
     FakeQueue *queue;
     fake_dispatch *list;
-    int n, capacity;
+    int n, capacity, next; /* next: the first command that did not run */
     MTLCommandBufferStatus st;
     NSMutableArray *handlers, *keep, *used; /* used: buffers declared with useResource */
     FakeEncoder *open;
@@ -104,8 +123,14 @@ typedef struct fake_dispatch {
     pthread_cond_t changed;
     long number;
 }
-- (void)run;
+- (fake_dispatch *)append;
+/* Run on; false: stopped at a wait that is not over, or (late mode) because the event has its value. */
+- (BOOL)runUntil:(FakeEvent *)event value:(uint64_t)value;
 @end
+
+/* Late mode: whoever waits for the device runs it. */
+void fake_metal_run_late(void);
+void fake_metal_run_late_until(FakeEvent *event, uint64_t value);
 
 /* Make the buffers that are not in `allowed` unreadable, or readable again. */
 void fake_buffers_protect(NSSet *allowed, bool hide);

@@ -216,6 +216,8 @@ static void *compile_source(const char *text, char *why, size_t why_len)
 - (uint64_t)recommendedMaxWorkingSetSize { return (uint64_t)fake_env("FAKE_METAL_WORKING_SET", 16l << 30); }
 - (NSUInteger)maxBufferLength { return (NSUInteger)fake_env("FAKE_METAL_MAX_BUFFER", 8l << 30); }
 
+- (id<MTLSharedEvent>)newSharedEvent { return [[FakeEvent alloc] init]; }
+
 - (id<MTLCommandQueue>)newCommandQueue { return [[FakeQueue alloc] init]; }
 
 - (id<MTLBuffer>)newBufferWithLength:(NSUInteger)length options:(MTLResourceOptions)options

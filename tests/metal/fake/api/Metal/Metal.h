@@ -66,6 +66,15 @@ typedef void (^MTLCommandBufferHandler)(id<MTLCommandBuffer>);
 - (uint64_t)gpuAddress;
 @end
 
+@protocol MTLEvent <NSObject>
+@end
+
+@protocol MTLSharedEvent <MTLEvent>
+- (uint64_t)signaledValue;
+- (void)setSignaledValue:(uint64_t)signaledValue;
+- (BOOL)waitUntilSignaledValue:(uint64_t)value timeoutMS:(uint64_t)milliseconds;
+@end
+
 @protocol MTLFunction <NSObject>
 @end
 
@@ -100,6 +109,8 @@ typedef void (^MTLCommandBufferHandler)(id<MTLCommandBuffer>);
 
 @protocol MTLCommandBuffer <NSObject>
 - (id<MTLComputeCommandEncoder>)computeCommandEncoder;
+- (void)encodeSignalEvent:(id<MTLEvent>)event value:(uint64_t)value;
+- (void)encodeWaitForEvent:(id<MTLEvent>)event value:(uint64_t)value;
 - (void)addCompletedHandler:(MTLCommandBufferHandler)block;
 - (void)commit;
 - (void)waitUntilCompleted;
@@ -117,6 +128,7 @@ typedef void (^MTLCommandBufferHandler)(id<MTLCommandBuffer>);
 - (uint64_t)recommendedMaxWorkingSetSize;
 - (NSUInteger)maxBufferLength;
 - (id<MTLCommandQueue>)newCommandQueue;
+- (id<MTLSharedEvent>)newSharedEvent;
 - (id<MTLBuffer>)newBufferWithLength:(NSUInteger)length options:(MTLResourceOptions)options;
 - (id<MTLBuffer>)newBufferWithBytesNoCopy:(void *)pointer
                                    length:(NSUInteger)length
