@@ -66,10 +66,11 @@ typedef struct fm_attn_args {
 
 /* Numeric mode of matmul with affine weights. Everything else is the same in both.
  * EXACT: activations and sums in f32.
- * FAST: activations rounded to int8 in blocks of 64 columns, one f32 scale per block (max|x| / 127), dot products in
- *   int32 (exact), scale and bias applied in f32. With xs the block's scale, |x' - x| <= xs/2 per element, so the
- *   error adds  sum over blocks of xs/2 * sum |W[r,c]|  to EXACT's; typically 0.5 % of |x| |w|. Non-finite x gives
- *   non-finite y. Plain weights, and variants that have no FAST kernels (ref), compute as EXACT. */
+ * FAST: activations rounded to 15-bit integers (two int8 terms) in blocks of 64 columns, one f32 scale per block
+ *   (max|x| / 16256), dot products in int32 (exact), scale and bias applied in f32. With xs the block's scale,
+ *   |x' - x| <= xs/2 per element, so the error adds  sum over blocks of xs/2 * sum |W[r,c]|  to EXACT's; typically
+ *   4e-5 of |x| |w|. Non-finite x gives non-finite y. Plain weights, and variants that have no FAST kernels (ref),
+ *   compute as EXACT. */
 typedef enum fm_numeric { FM_NUMERIC_EXACT, FM_NUMERIC_FAST, FM_NUMERIC_COUNT } fm_numeric;
 
 typedef struct fm_kernels {

@@ -17,7 +17,7 @@
 #include "cpu/target.h"
 #include "cpu/x86.h"
 
-FM_TARGET_BEGIN("amx-tile,amx-int8,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,avx2,fma,f16c,bmi2")
+FM_TARGET_BEGIN("amx-tile,amx-int8,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,gfni,avx2,fma,f16c,bmi2")
 #define FM_VEC_ISA 2
 #include "cpu/vec_fast.h"
 
@@ -46,7 +46,7 @@ static void amx_configure(int sub)
 
 /* Rows of x in one column block: q [row][column], rows MM_KB apart, whole sixteens; scales and sums [block][row]. */
 typedef struct amx_panel {
-    _Alignas(64) int8_t q[AMX_NB * MM_KB];
+    _Alignas(64) int8_t q[AMX_NB][2][MM_KB];
     float xs[MM_KB / 16][AMX_NB], qs[MM_KB / 16][AMX_NB];
 } amx_panel;
 
@@ -55,12 +55,13 @@ static void amx_pack(const fm_act *a, int64_t i, int64_t n, int planes, fast_sha
 {
     for (int64_t t = 0; t < (n + 15) / 16 * 16; t++) {
         if (t >= n) {
-            memset(p->q + t * MM_KB, 0, MM_KB);
+            memset(p->q[t], 0, sizeof p->q[t]);
             continue;
         }
-        const fast_x x = fast_row(a, i + t, planes, f.sub);
-        for (int64_t c = 0; c < kn; c += 64)
-            vu_store(p->q + t * MM_KB + c, vu_load(x.q + k0 + c));
+        const fast_x x = fast_row(a, i + t, f.sub);
+        for (int term = 0; term < 2; term++)
+            for (int64_t c = 0; c < kn; c += 16)
+                mm_order(fast_term(&x, k0 + c, term), planes, p->q[t][term] + c);
         for (int64_t c = 0; c < kn; c += f.sub) {
             p->xs[c >> f.sub_shift][t] = x.xs[(k0 + c) >> 6];
             p->qs[c >> f.sub_shift][t] = x.qs[(k0 + c) >> f.sub_shift];
@@ -70,32 +71,44 @@ static void amx_pack(const fm_act *a, int64_t i, int64_t n, int planes, fast_sha
 
 /* Two of these lie in one 4 KiB page, so that no load of one waits for a store to the other (aliasing of the low 12
  * address bits), and the sums that are added to lie in the next. */
-typedef int32_t amx_sums[2][16][16];
+typedef int32_t amx_sums[4][16][16];
 typedef struct amx_work {
     _Alignas(4096) amx_sums sums[2];
     vf out[16][MM_RT];
 } amx_work;
 
-/* Integer sums of one block: 16 rows of x times 32 rows of W. */
+/* Integer sums of one block, both terms: 16 rows of x times 32 rows of W. */
 FM_INLINE void amx_multiply(const mm_tile *m, const int8_t *q, int64_t c, int32_t (*sums)[16][16])
 {
     _tile_zero(0);
     _tile_zero(1);
-    _tile_loadd(4, q + c, MM_KB);
+    _tile_zero(2);
+    _tile_zero(3);
+    _tile_loadd(4, q + c, 2 * MM_KB);
+    _tile_loadd(5, q + MM_KB + c, 2 * MM_KB);
     _tile_loadd(6, m->code[0] + c * VL, 64);
     _tile_loadd(7, m->code[1] + c * VL, 64);
     _tile_dpbsud(0, 4, 6);
     _tile_dpbsud(1, 4, 7);
+    _tile_dpbsud(2, 5, 6);
+    _tile_dpbsud(3, 5, 7);
     _tile_stored(0, sums[0], 64);
     _tile_stored(1, sums[1], 64);
+    _tile_stored(2, sums[2], 64);
+    _tile_stored(3, sums[3], 64);
     __asm__ volatile("" ::: "memory"); /* the intrinsics do not tell the compiler what they write */
+}
+
+FM_INLINE vi amx_sum(const int32_t (*sums)[16][16], int j, int64_t t)
+{
+    return ((vi)vu_load(sums[j][t]) << 7) + (vi)vu_load(sums[j + 2][t]);
 }
 
 /* w->out += rows at .. at + 16 of the panel over kn columns. The next block is multiplied before this one is scaled,
  * so that the two overlap. */
 FM_INLINE void amx_block(const mm_tile *m, fast_shape f, const amx_panel *p, int64_t at, int64_t kn, amx_work *w)
 {
-    const int8_t *q = p->q + at * MM_KB;
+    const int8_t *q = p->q[at][0];
     amx_multiply(m, q, 0, w->sums[0]);
     for (int64_t c = 0, g = 0; c < kn; c += f.sub, g++) {
         if (c + f.sub < kn)
@@ -107,8 +120,8 @@ FM_INLINE void amx_block(const mm_tile *m, fast_shape f, const amx_panel *p, int
         int32_t(*sums)[16][16] = w->sums[g & 1];
 #pragma GCC unroll 4
         for (int64_t t = 0; t < 16; t++) { /* rows past n are padding */
-            fast_add(&w->out[t][0], (vi)vu_load(sums[0][t]), s0, b0, qs[t], xs[t]);
-            fast_add(&w->out[t][1], (vi)vu_load(sums[1][t]), s1, b1, qs[t], xs[t]);
+            fast_add(&w->out[t][0], amx_sum(sums, 0, t), s0, b0, qs[t], xs[t]);
+            fast_add(&w->out[t][1], amx_sum(sums, 1, t), s1, b1, qs[t], xs[t]);
         }
     }
 }
@@ -131,7 +144,7 @@ static void amx_rows(const mm_tile *m, fast_shape f, const amx_panel *p, int64_t
 static void amx_tiles(const fm_mat *W, const fm_act *a, int64_t n, float *y, int64_t ldy, int64_t r0, int64_t r1)
 {
     const fast_shape f = fast_shape_of(W);
-    const int planes = f.bits == 4 ? 2 : f.bits == 2 ? 4 : 1;
+    const int planes = fast_planes(f);
     amx_panel p;
     mm_tile m;
     amx_configure(f.sub);

@@ -45,6 +45,22 @@ FM_INLINE vi vi_dp(vi acc, vu u, vi s, bool wide)
     return acc + (vi)_mm256_madd_epi16(low, one) + (vi)_mm256_madd_epi16(high, _mm256_set1_epi16(16));
 }
 
+FM_INLINE vu v_plane(vu d, int planes, int p)
+{
+    return d >> (p * 8 / planes) & (uint32_t)(0x01010101u * ((1u << (8 / planes)) - 1));
+}
+
+FM_INLINE vi vi_hadd(vi a, vi b)
+{
+    return (vi)_mm256_permute4x64_epi64(_mm256_hadd_epi32((__m256i)a, (__m256i)b), 0xd8);
+}
+
+FM_INLINE vi vi_quad(const vi *h, const vi *l, bool small)
+{
+    (void)small;
+    return vi_hadd(vi_hadd((h[0] << 7) + l[0], (h[1] << 7) + l[1]), vi_hadd((h[2] << 7) + l[2], (h[3] << 7) + l[3]));
+}
+
 FM_INLINE void v_transpose(vu *d)
 {
     __m256i a[8], b[8];

@@ -37,6 +37,44 @@ FM_INLINE vi vi_dp(vi acc, vu u, vi s, bool wide)
     return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)u, (__m512i)s);
 }
 
+/* One product with a bit matrix moves and masks at once: bit i of a byte <- its bit i + p*8/planes, or 0. */
+FM_INLINE vu v_plane(vu d, int planes, int p)
+{
+    const int bits = 8 / planes;
+    if (p == 0)
+        return d & (uint32_t)(0x01010101u * ((1u << bits) - 1));
+    uint64_t m = 0;
+    for (int i = 0; i < bits; i++)
+        m |= (uint64_t)1 << (8 * (7 - i) + i + p * bits);
+    return (vu)_mm512_gf2p8affine_epi64_epi8((__m512i)d, _mm512_set1_epi64((long long)m), 0);
+}
+
+/* Sums of neighbours: a's pairs, then b's. */
+FM_INLINE vi vi_hadd(vi a, vi b)
+{
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    const __m512i odd = _mm512_setr_epi32(1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    return (vi)_mm512_permutex2var_epi32((__m512i)a, even, (__m512i)b) +
+           (vi)_mm512_permutex2var_epi32((__m512i)a, odd, (__m512i)b);
+}
+
+/* Sums of fours of 128 h[i] + l[i]: those of i = 0, then 1, 2, 3. small: h and l fit int16; then the packing that pairs
+ * them also does half of the adding. */
+FM_INLINE vi vi_quad(const vi *h, const vi *l, bool small)
+{
+    if (!small)
+        return vi_hadd(vi_hadd((h[0] << 7) + l[0], (h[1] << 7) + l[1]), vi_hadd((h[2] << 7) + l[2], (h[3] << 7) + l[3]));
+    const __m512i k = _mm512_set1_epi16(128), one = _mm512_set1_epi16(1);
+    __m512i r[2]; /* per 128-bit lane: two pairs of h[2i], l[2i], two of the next */
+    for (int i = 0; i < 2; i++)
+        r[i] = _mm512_dpwssd_epi32(
+            _mm512_madd_epi16(_mm512_packs_epi32((__m512i)h[2 * i], (__m512i)h[2 * i + 1]), k),
+            _mm512_packs_epi32((__m512i)l[2 * i], (__m512i)l[2 * i + 1]), one);
+    const __m512i even = _mm512_setr_epi32(0, 4, 8, 12, 2, 6, 10, 14, 16, 20, 24, 28, 18, 22, 26, 30);
+    const __m512i odd = _mm512_setr_epi32(1, 5, 9, 13, 3, 7, 11, 15, 17, 21, 25, 29, 19, 23, 27, 31);
+    return (vi)_mm512_permutex2var_epi32(r[0], even, r[1]) + (vi)_mm512_permutex2var_epi32(r[0], odd, r[1]);
+}
+
 /* Two rounds inside 128-bit lanes (dwords, then qwords), two rounds of whole lanes. */
 FM_INLINE void v_transpose(vu *d)
 {

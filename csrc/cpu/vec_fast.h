@@ -1,11 +1,11 @@
-/* Owns: numeric mode `fast` of matmul for affine weights: activations as int8 in blocks of 64 with one fp32 scale
- * (kernels.h, FM_NUMERIC_FAST), u8 x s8 dot products, exact in int32: a block adds at most 64*255*127 < 2^21.
+/* Owns: numeric mode `fast` of matmul for affine weights: activations as 15-bit integers in blocks of 64 with one fp32
+ * scale (kernels.h, FM_NUMERIC_FAST), held as two int8 terms q = 128 hi + lo; u8 x s8 dot products, exact in int32: a
+ * block adds at most 64*255*16256 < 2^28.
  *
- * Lanes are weight rows: VL rows x VB bytes of codes are transposed in registers, so that a lane sees its own row and
- * an activation dword is broadcast to all. Per row and block b of min(group, 64) columns, in rising order of b:
+ * Per row of W and block b of min(group, 64) columns, in rising order of b:
  *   acc = fma( fma(isum, scale, bias * qsum), xs, acc )
- * The integer sums are exact, so the small-n path (codes go from register to dot product) and the tile path (codes
- * unpacked once to memory, used by all n rows) give the same bits. */
+ * The integer sums are exact, so every way to form them gives the same bits: vec_fast_rows.h walks W row by row for one
+ * or two rows of x, vec_fast_mm.h unpacks it once to memory for more. */
 #ifndef FM_CPU_VEC_FAST_H
 #define FM_CPU_VEC_FAST_H
 
@@ -15,37 +15,36 @@
 enum {
     FAST_BLOCK = 64,
     FAST_PAD = 256,   /* prepared rows are whole chunks of every format; the padding is 0 */
-    FAST_KB = 2048,   /* columns per pass over scales */
-    FAST_FAR = 6144,  /* bytes; tuned on Granite Rapids under load: tune again before believing it */
-    FAST_FAR_STEP = 512,
-    FAST_MAX_T = 2,   /* rows of the small-n path */
+    FAST_TOP = 16256, /* |q|: 127 * 128, so that both terms fit int8 */
 };
 
 FM_INLINE int64_t fast_padded(int64_t n_cols) { return (n_cols + FAST_PAD - 1) / FAST_PAD * FAST_PAD; }
 
-/* One prepared row, for a weight format with `planes` codes per byte: q in the order in which planes leave a dword
- * (code i*4P + b*P + p lies at (i*P + p)*4 + b), xs per 64 columns, qs = sum of q per sub-block. */
+/* One prepared row: q as [block of 64][hi, lo][64], xs per block, qs = sum of q per sub-block. */
 typedef struct fast_x {
     const int8_t *q;
     const float *xs, *qs;
 } fast_x;
 
-FM_STATIC size_t fast_act_bytes(int64_t n, int64_t n_cols) { return (size_t)n * (size_t)fast_padded(n_cols) * 7 / 2; }
+FM_STATIC size_t fast_act_bytes(int64_t n, int64_t n_cols) { return (size_t)n * (size_t)fast_padded(n_cols) * 5 / 2; }
 
-FM_INLINE fast_x fast_row(const fm_act *a, int64_t i, int planes, int64_t sub)
+FM_INLINE fast_x fast_row(const fm_act *a, int64_t i, int64_t sub)
 {
     const int64_t cols = fast_padded(a->n_cols), r = a->rows ? a->rows[i] : a->row0 + i;
-    const int8_t *base = (const int8_t *)a->prepared + r * (cols * 7 / 2);
-    const float *xs = (const float *)(base + 3 * cols), *qs = xs + cols / 64;
+    const int8_t *base = (const int8_t *)a->prepared + r * (cols * 5 / 2);
+    const float *xs = (const float *)(base + 2 * cols), *qs = xs + cols / 64;
     qs += sub == 16 ? 0 : sub == 32 ? cols / 16 : cols / 16 + cols / 32;
-    return (fast_x){base + (planes == 1 ? 0 : planes == 2 ? cols : 2 * cols), xs, qs};
+    return (fast_x){base, xs, qs};
 }
 
-typedef int8_t s8x16 __attribute__((vector_size(16)));
+/* Where term 0 (hi) or 1 (lo) of columns c .. of the same block lies. */
+FM_INLINE const int8_t *fast_term(const fast_x *x, int64_t c, int term)
+{
+    return x->q + (c >> 6 << 7) + (c & 63) + 64 * term;
+}
 
 /* 64 columns; x beyond n reads as 0. A NaN or inf makes the block's scale non-finite, and with it every y. */
-FM_INLINE void fast_block(const float *x, int64_t n, int8_t *nat, int8_t *nib, int8_t *crumb, float *xs, float *qs16,
-                          float *qs32, float *qs64)
+FM_INLINE void fast_block(const float *x, int64_t n, int8_t *to, float *xs, float *qs16, float *qs32, float *qs64)
 {
     vf v[64 / VL];
     vi top = {0};
@@ -62,33 +61,24 @@ FM_INLINE void fast_block(const float *x, int64_t n, int8_t *nat, int8_t *nib, i
         max = lanes[i] > max ? lanes[i] : max;
     float amax;
     memcpy(&amax, &max, sizeof amax);
-    if (max < 0x0d800000) /* 2^-100: as good as 0, and 127 / amax must not overflow */
+    if (max < 0x0d800000) /* 2^-100: as good as 0, and FAST_TOP / amax must not overflow */
         amax = 0;
-    const float inv = amax == 0 ? 0 : 127 / amax;
-    *xs = amax / 127;
+    const float inv = amax == 0 ? 0 : FAST_TOP / amax;
+    *xs = amax / FAST_TOP;
     typedef int8_t part __attribute__((vector_size(VL)));
+    int32_t s16[4] = {0}, q[64];
 #pragma GCC unroll 16
     for (int i = 0; i < 64 / VL; i++) {
-        const part q = __builtin_convertvector(vf_round_i(v[i] * inv), part);
-        memcpy(nat + i * VL, &q, sizeof q);
+        const vi all = vf_round_i(v[i] * inv), hi = (all + 64) >> 7;
+        const part h = __builtin_convertvector(hi, part), l = __builtin_convertvector(all - (hi << 7), part);
+        memcpy(to + i * VL, &h, sizeof h);
+        memcpy(to + 64 + i * VL, &l, sizeof l);
+        memcpy(q + i * VL, &all, sizeof all);
     }
-    int32_t sum4[16];
-#pragma GCC unroll 4
-    for (int i = 0; i < 64 / VB; i++) {
-        const vi s = vi_dp((vi){0}, vu_set(0x01010101), (vi)vu_load(nat + i * VB), false);
-        memcpy(sum4 + i * VL, &s, sizeof s);
-    }
-    int32_t s16[4];
-    for (int i = 0; i < 4; i++) {
-        s16[i] = sum4[4 * i] + sum4[4 * i + 1] + sum4[4 * i + 2] + sum4[4 * i + 3];
+    for (int i = 0; i < 64; i++) /* NaN rounds to anything: its scale settles the result */
+        s16[i / 16] += (int32_t)((uint32_t)q[i] << 8) >> 8;
+    for (int i = 0; i < 4; i++)
         qs16[i] = (float)s16[i];
-        s8x16 q;
-        memcpy(&q, nat + 16 * i, sizeof q);
-        const s8x16 two = __builtin_shufflevector(q, q, 0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
-        const s8x16 four = __builtin_shufflevector(q, q, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-        memcpy(nib + 16 * i, &two, sizeof two);
-        memcpy(crumb + 16 * i, &four, sizeof four);
-    }
     qs32[0] = (float)(s16[0] + s16[1]);
     qs32[1] = (float)(s16[2] + s16[3]);
     *qs64 = (float)(s16[0] + s16[1] + s16[2] + s16[3]);
@@ -99,12 +89,11 @@ FM_STATIC void fast_act_prepare(const fm_act *a, int64_t n, int64_t r0, int64_t 
     (void)n;
     const int64_t cols = fast_padded(a->n_cols);
     for (int64_t r = r0; r < r1; r++) {
-        int8_t *nat = (int8_t *)a->prepared + r * (cols * 7 / 2);
-        float *xs = (float *)(nat + 3 * cols), *qs16 = xs + cols / 64, *qs32 = qs16 + cols / 16,
-              *qs64 = qs32 + cols / 32;
+        int8_t *q = (int8_t *)a->prepared + r * (cols * 5 / 2);
+        float *xs = (float *)(q + 2 * cols), *qs16 = xs + cols / 64, *qs32 = qs16 + cols / 16, *qs64 = qs32 + cols / 32;
         for (int64_t c = 0; c < cols; c += 64)
-            fast_block(a->x + r * a->ldx + c, a->n_cols - c, nat + c, nat + cols + c, nat + 2 * cols + c, xs + c / 64,
-                       qs16 + c / 16, qs32 + c / 32, qs64 + c / 64);
+            fast_block(a->x + r * a->ldx + c, a->n_cols - c, q + 2 * c, xs + c / 64, qs16 + c / 16, qs32 + c / 32,
+                       qs64 + c / 64);
     }
 }
 
@@ -234,66 +223,6 @@ FM_INLINE void fast_add(vf *acc, vi isum, vf scale, vf bias, float qs, float xs)
 {
     const vf local = vf_fma(__builtin_convertvector(isum, vf), scale, bias * qs);
     *acc = vf_fma(local, vf_set(xs), *acc);
-}
-
-/* acc[t] = the tile's VL rows times row x[t], t < T; T, planes and g64 (the group is 64) are constants. */
-FM_INLINE void fast_small(const fm_mat *W, const fast_tile *tile, fast_shape f, const fast_x *x, vf *acc, int T,
-                          int planes, bool g64)
-{
-    enum { CHAINS = 2 }; /* per row, to hide the latency of vi_dp */
-    _Alignas(64) float sc[FAST_KB / 16 * VL], bi[FAST_KB / 16 * VL];
-    const int64_t sub = g64 ? 64 : f.sub, chunk = VL * 4 * planes;
-    const int sub_shift = g64 ? 6 : f.sub_shift, group_shift = g64 ? 6 : f.group_shift;
-    const uint32_t mask = (uint32_t)(0x01010101u * ((1u << (8 / planes)) - 1));
-    const int bits = planes == 1 ? f.bits : 8 / planes;
-    const int64_t ahead = VL * W->codes_stride;
-    const v_cut cut = v_cut_make(bits);
-    for (int64_t k0 = 0; k0 < W->n_cols; k0 += FAST_KB) {
-        const int64_t kn = W->n_cols - k0 < FAST_KB ? W->n_cols - k0 : FAST_KB;
-        fast_scales(W, tile, k0 >> group_shift, kn >> group_shift, fast_padded(kn) >> group_shift, sc, bi);
-        vi isum[FAST_MAX_T][CHAINS] = {{{0}}};
-        for (int64_t c = k0; c < k0 + kn; c += chunk) {
-            vu d[VL];
-            /* The next tile lies right behind this one: fetch it in memory order. The sparse touches further on
-             * wake the hardware's stream prefetcher, which is not bound by the core's fill buffers. */
-            const uint8_t *next = tile->code[0] + ahead + c * bits / 8 * VL;
-            for (int64_t b = 0; b < VL * 4 * planes * bits / 8 * VL; b += 64) {
-                __builtin_prefetch(next + b, 0, 2);
-                if (b % FAST_FAR_STEP == 0)
-                    __builtin_prefetch(next + b + FAST_FAR, 0, 2);
-            }
-            for (int64_t b = 0; b < VL * 4 * planes / 64 * 2 * VL || b == 0; b += 64) { /* and its share of scales */
-                const int64_t off = VL * W->scales_stride + (c >> group_shift) * 2 * VL + b;
-                __builtin_prefetch(tile->scale[0] + off, 0, 2);
-                __builtin_prefetch(tile->bias[0] + off, 0, 2);
-            }
-            fast_chunk(W, tile, c, planes, bits, &cut, d);
-#pragma GCC unroll 16
-            for (int j = 0; j < VL * planes / 4; j++) { /* 16 columns */
-#pragma GCC unroll 4
-                for (int i = 0; i < 4; i++) {
-                    const vu w = (d[j * 4 / planes + i / planes] >> (i % planes * bits)) & mask;
-#pragma GCC unroll 4
-                    for (int t = 0; t < T; t++) {
-                        const vi q = (vi)vu_set(dword_at(x[t].q + c + 16 * j + 4 * i));
-                        isum[t][i % CHAINS] = vi_dp(isum[t][i % CHAINS], planes == 1 ? d[j * 4 + i] : w, q,
-                                                     planes == 1);
-                    }
-                }
-                const int64_t end = c + 16 * (j + 1);
-                if ((end & (sub - 1)) == 0) {
-                    const int64_t g = (end - 1 - k0) >> group_shift;
-                    const vf s = vf_load(sc + g * VL), b = vf_load(bi + g * VL);
-#pragma GCC unroll 4
-                    for (int t = 0; t < T; t++) {
-                        fast_add(&acc[t], isum[t][0] + isum[t][1], s, b, x[t].qs[(end - 1) >> sub_shift],
-                                 x[t].xs[(end - 1) >> 6]);
-                        isum[t][0] = isum[t][1] = (vi){0};
-                    }
-                }
-            }
-        }
-    }
 }
 
 #endif

@@ -4,6 +4,7 @@
 #define FM_CPU_VEC_FAST_MM_H
 
 #include "cpu/vec_fast.h"
+#include "cpu/vec_fast_rows.h"
 
 #if FM_VEC_ISA == FM_VEC_AVX512
 enum { MM_RT = 2, MM_T = 6 }; /* 12 int32 sums, 12 f32 sums, 2 weights, scales: 32 registers */
@@ -12,7 +13,7 @@ enum { MM_RT = 1, MM_T = 6 };
 #else
 enum { MM_RT = 2, MM_T = 6 };
 #endif
-enum { MM_KB = 512 };
+enum { MM_KB = 512, MM_NB = 256 }; /* columns, rows of x that share an unpacked tile: their panel stays in L2 */
 
 typedef struct mm_tile {
     _Alignas(64) uint8_t code[MM_RT][MM_KB / 4 * VB]; /* [column / 4][row][4], columns in plane order */
@@ -22,7 +23,6 @@ typedef struct mm_tile {
 FM_INLINE void mm_unpack_as(const fm_mat *W, const fast_tile *t, int64_t k0, int64_t kn, int bits, int planes,
                             uint8_t *out)
 {
-    const uint32_t mask = (uint32_t)(0x01010101u * ((1u << (8 / planes)) - 1));
     const v_cut cut = v_cut_make(bits);
     for (int64_t c = k0; c < k0 + kn; c += VL * 4 * planes) {
         vu d[VL];
@@ -31,7 +31,7 @@ FM_INLINE void mm_unpack_as(const fm_mat *W, const fast_tile *t, int64_t k0, int
         for (int i = 0; i < VL; i++)
 #pragma GCC unroll 4
             for (int p = 0; p < planes; p++, out += VB)
-                vu_store(out, planes == 1 ? d[i] : (d[i] >> (p * 8 / planes)) & mask);
+                vu_store(out, planes == 1 ? d[i] : v_plane(d[i], planes, p));
     }
 }
 
@@ -73,8 +73,37 @@ FM_INLINE void mm_store(const mm_out *o, int t, int rt, vf v)
         vf_store_part(p, v, n);
 }
 
-FM_INLINE void mm_block(const mm_tile *m, fast_shape f, const fast_x *x, int64_t k0, int64_t kn, const mm_out *o, int T,
-                        bool wide)
+/* Rows of x over MM_KB columns, codes in the order in which planes leave a dword of W: code i*4P + b*P + p lies at
+ * (i*P + p)*4 + b. */
+typedef struct mm_panel {
+    _Alignas(64) int8_t q[MM_NB][2][MM_KB];
+} mm_panel;
+
+FM_INLINE void mm_order(const int8_t *from, int planes, int8_t *to)
+{
+    typedef int8_t s8x16 __attribute__((vector_size(16)));
+    s8x16 q;
+    memcpy(&q, from, sizeof q);
+    if (planes == 2)
+        q = __builtin_shufflevector(q, q, 0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+    else if (planes == 4)
+        q = __builtin_shufflevector(q, q, 0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    memcpy(to, &q, sizeof q);
+}
+
+FM_STATIC void mm_pack(const fm_act *a, int64_t i0, int64_t n, fast_shape f, int planes, int64_t k0, int64_t kn,
+                       mm_panel *p)
+{
+    for (int64_t i = 0; i < n; i++) {
+        const fast_x x = fast_row(a, i0 + i, f.sub);
+        for (int term = 0; term < 2; term++)
+            for (int64_t c = 0; c < kn; c += 16)
+                mm_order(fast_term(&x, k0 + c, term), planes, p->q[i][term] + c);
+    }
+}
+
+FM_INLINE void mm_block(const mm_tile *m, fast_shape f, const fast_x *x, const int8_t (*q)[2][MM_KB], int64_t k0,
+                        int64_t kn, const mm_out *o, int T, bool wide)
 {
     vf acc[MM_T][MM_RT];
 #pragma GCC unroll 8
@@ -85,18 +114,28 @@ FM_INLINE void mm_block(const mm_tile *m, fast_shape f, const fast_x *x, int64_t
     for (int64_t c = 0; c < kn; c += f.sub) {
         vi isum[MM_T][MM_RT] = {{{0}}};
 #pragma GCC unroll 2
-        for (int64_t k = c; k < c + f.sub; k += 4) {
-            vu w[MM_RT];
+        for (int term = 0; term < 2; term++) {
 #pragma GCC unroll 2
-            for (int i = 0; i < MM_RT; i++)
-                w[i] = vu_load(m->code[i] + k / 4 * VB);
-#pragma GCC unroll 8
-            for (int t = 0; t < T; t++) {
-                const vi q = (vi)vu_set(dword_at(x[t].q + k0 + k));
+            for (int64_t k = c; k < c + f.sub; k += 4) {
+                vu w[MM_RT];
 #pragma GCC unroll 2
                 for (int i = 0; i < MM_RT; i++)
-                    isum[t][i] = vi_dp(isum[t][i], w[i], q, wide);
+                    w[i] = vu_load(m->code[i] + k / 4 * VB);
+#pragma GCC unroll 8
+                for (int t = 0; t < T; t++) {
+                    const vi v = (vi)vu_set(dword_at(q[t][term] + k));
+#pragma GCC unroll 2
+                    for (int i = 0; i < MM_RT; i++)
+                        isum[t][i] = vi_dp(isum[t][i], w[i], v, wide);
+                }
             }
+            if (term == 1)
+                break;
+#pragma GCC unroll 8
+            for (int t = 0; t < T; t++)
+#pragma GCC unroll 2
+                for (int i = 0; i < MM_RT; i++)
+                    isum[t][i] <<= 7;
         }
         const int64_t g = c >> f.group_shift;
 #pragma GCC unroll 2
@@ -114,79 +153,49 @@ FM_INLINE void mm_block(const mm_tile *m, fast_shape f, const fast_x *x, int64_t
             mm_store(o, t, i, acc[t][i]);
 }
 
-FM_INLINE void mm_rows(const mm_tile *m, fast_shape f, const fm_act *a, int64_t n, int64_t k0, int64_t kn, mm_out o,
-                       bool wide)
+FM_INLINE void mm_rows(const mm_tile *m, fast_shape f, const fm_act *a, const mm_panel *p, int64_t i0, int64_t n,
+                       int64_t k0, int64_t kn, mm_out o, bool wide)
 {
-    const int planes = f.bits == 4 ? 2 : f.bits == 2 ? 4 : 1;
     for (int64_t i = 0; i < n; i += MM_T, o.y += MM_T * o.ldy) {
         fast_x x[MM_T];
         const int T = (int)(n - i < MM_T ? n - i : MM_T);
         for (int t = 0; t < T; t++)
-            x[t] = fast_row(a, i + t, planes, f.sub);
+            x[t] = fast_row(a, i0 + i + t, f.sub);
+        const int8_t(*q)[2][MM_KB] = p->q + i;
         switch (T) {
-        case 1: mm_block(m, f, x, k0, kn, &o, 1, wide); break;
-        case 2: mm_block(m, f, x, k0, kn, &o, 2, wide); break;
-        case 3: mm_block(m, f, x, k0, kn, &o, 3, wide); break;
-        case 4: mm_block(m, f, x, k0, kn, &o, 4, wide); break;
-        case 5: mm_block(m, f, x, k0, kn, &o, 5, wide); break;
-        default: mm_block(m, f, x, k0, kn, &o, MM_T, wide); break;
+        case 1: mm_block(m, f, x, q, k0, kn, &o, 1, wide); break;
+        case 2: mm_block(m, f, x, q, k0, kn, &o, 2, wide); break;
+        case 3: mm_block(m, f, x, q, k0, kn, &o, 3, wide); break;
+        case 4: mm_block(m, f, x, q, k0, kn, &o, 4, wide); break;
+        case 5: mm_block(m, f, x, q, k0, kn, &o, 5, wide); break;
+        default: mm_block(m, f, x, q, k0, kn, &o, MM_T, wide); break;
         }
     }
 }
+
+FM_INLINE int fast_planes(fast_shape f) { return f.bits == 4 ? 2 : f.bits == 2 ? 4 : 1; }
 
 FM_STATIC void fast_tiles(const fm_mat *W, const fm_act *a, int64_t n, float *y, int64_t ldy, int64_t r0, int64_t r1)
 {
     const fast_shape f = fast_shape_of(W);
     mm_tile m;
-    for (int64_t r = r0; r < r1; r += MM_RT * VL)
+    mm_panel p;
+    for (int64_t i = 0; i < n; i += MM_NB) {
+        const int64_t nb = n - i < MM_NB ? n - i : MM_NB;
         for (int64_t k0 = 0; k0 < W->n_cols; k0 += MM_KB) {
             const int64_t kn = W->n_cols - k0 < MM_KB ? W->n_cols - k0 : MM_KB;
-            const mm_out o = {y + r, ldy, r1 - r, k0 == 0};
-            mm_unpack(W, f, r, r1, k0, kn, &m);
-            if (VI_DP_SPLITS && f.bits < 8)
-                mm_rows(&m, f, a, n, k0, kn, o, false);
-            else
-                mm_rows(&m, f, a, n, k0, kn, o, true);
-        }
-}
-
-FM_INLINE void fast_few_as(const fm_mat *W, const fm_act *a, int64_t i, float *y, int64_t ldy, int64_t r0, int64_t r1,
-                           int T, int planes, bool g64)
-{
-    const fast_shape f = fast_shape_of(W);
-    fast_x x[FAST_MAX_T];
-    for (int t = 0; t < T; t++)
-        x[t] = fast_row(a, i + t, planes, f.sub);
-    for (int64_t r = r0; r < r1; r += VL) {
-        const fast_tile tile = fast_tile_at(W, r, r1);
-        vf acc[FAST_MAX_T] = {{0}};
-        fast_small(W, &tile, f, x, acc, T, planes, g64);
-        for (int t = 0; t < T; t++) {
-            float *p = y + (i + t) * ldy + r;
-            if (r1 - r >= VL)
-                vf_store(p, acc[t]);
-            else
-                vf_store_part(p, acc[t], r1 - r);
+            mm_pack(a, i, nb, f, fast_planes(f), k0, kn, &p);
+            for (int64_t r = r0; r < r1; r += MM_RT * VL) {
+                const mm_out o = {y + i * ldy + r, ldy, r1 - r, k0 == 0};
+                mm_unpack(W, f, r, r1, k0, kn, &m);
+                if (VI_DP_SPLITS && f.bits < 8)
+                    mm_rows(&m, f, a, &p, i, nb, k0, kn, o, false);
+                else
+                    mm_rows(&m, f, a, &p, i, nb, k0, kn, o, true);
+            }
         }
     }
 }
-
-/* One or two rows; one by one where the group is unusual. */
-#define FAST_FEW(name, planes)                                                                     \
-    static void fast_few_##name(const fm_mat *W, const fm_act *a, int64_t n, float *y, int64_t ldy, int64_t r0,    \
-                                int64_t r1)                                                        \
-    {                                                                                              \
-        if (W->group != 64)                                                                        \
-            for (int64_t i = 0; i < n; i++)                                                        \
-                fast_few_as(W, a, i, y, ldy, r0, r1, 1, planes, false);                                \
-        else if (n == 1)                                                                           \
-            fast_few_as(W, a, 0, y, ldy, r0, r1, 1, planes, true);                                   \
-        else                                                                                       \
-            fast_few_as(W, a, 0, y, ldy, r0, r1, 2, planes, true);                                   \
-    }
-FAST_FEW(p1, 1)
-FAST_FEW(p2, 2)
-FAST_FEW(p4, 4)
 
 #ifndef FAST_TILES
 /* A variant with matrix units puts its own function for n >= FAST_TILES_MIN here. */

@@ -79,6 +79,19 @@ FM_INLINE vi vi_dp(vi acc, vu u, vi s, bool wide)
 }
 #endif
 
+FM_INLINE vu v_plane(vu d, int planes, int p)
+{
+    return d >> (p * 8 / planes) & (uint32_t)(0x01010101u * ((1u << (8 / planes)) - 1));
+}
+
+FM_INLINE vi vi_hadd(vi a, vi b) { return (vi)vpaddq_s32((int32x4_t)a, (int32x4_t)b); }
+
+FM_INLINE vi vi_quad(const vi *h, const vi *l, bool small)
+{
+    (void)small;
+    return vi_hadd(vi_hadd((h[0] << 7) + l[0], (h[1] << 7) + l[1]), vi_hadd((h[2] << 7) + l[2], (h[3] << 7) + l[3]));
+}
+
 FM_INLINE void v_transpose(vu *d)
 {
     const uint64x2_t a = vreinterpretq_u64_u32(vtrn1q_u32((uint32x4_t)d[0], (uint32x4_t)d[1]));

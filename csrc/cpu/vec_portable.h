@@ -48,6 +48,19 @@ FM_INLINE vi vi_dp(vi acc, vu u, vi s, bool wide)
     return acc;
 }
 
+FM_INLINE vu v_plane(vu d, int planes, int p)
+{
+    return d >> (p * 8 / planes) & (uint32_t)(0x01010101u * ((1u << (8 / planes)) - 1));
+}
+
+FM_INLINE vi vi_hadd(vi a, vi b) { return (vi){a[0] + a[1], a[2] + a[3], b[0] + b[1], b[2] + b[3]}; }
+
+FM_INLINE vi vi_quad(const vi *h, const vi *l, bool small)
+{
+    (void)small;
+    return vi_hadd(vi_hadd((h[0] << 7) + l[0], (h[1] << 7) + l[1]), vi_hadd((h[2] << 7) + l[2], (h[3] << 7) + l[3]));
+}
+
 FM_INLINE void v_transpose(vu *d)
 {
     const vu a = d[0], b = d[1], c = d[2], e = d[3];

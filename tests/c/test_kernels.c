@@ -14,7 +14,7 @@ static double bound(const double *w, const float *x, int64_t n, bool fast, doubl
             top = fmax(top, fabs(x[i]));
             weights += fabs(w[i]);
         }
-        quant += top / 127 / 2 * weights;
+        quant += top / 16256 / 2 * weights;
     }
     *exact = sum;
     const double u = ldexp(1, -24);
