@@ -598,7 +598,9 @@ static void op_close(fm_backend *b)
 static fm_caps op_caps(const fm_backend *b)
 {
     const fm_backend *dev = ((const compare *)b)->dev;
-    return dev->v->caps(dev);
+    fm_caps caps = dev->v->caps(dev);
+    caps.pipelined = false; /* an op is judged when it is called: its result must be there */
+    return caps;
 }
 
 static fm_status op_alloc(fm_backend *b, size_t bytes, fm_usage usage, void **out)

@@ -6,6 +6,7 @@
 #define FM_ENV_LIST(X)                                                                             \
     X(CPU, "FLASHMOE_CPU", "force a CPU kernel variant (ref, avx2, ...); default: the best supported")  \
     X(COMPARE, "FLASHMOE_COMPARE", "cpu: run every op on the CPU too and report the first difference")  \
+    X(PIPELINE, "FLASHMOE_PIPELINE", "0: submit and wait per layer where the device could run a token in one go") \
     X(FAULT, "FLASHMOE_FAULT", "tests only: make reads fail, e.g. eio@5, short@3, delay=200us")    \
     X(DEBUG_CHECKS, "FLASHMOE_DEBUG_CHECKS", "1: assert pins, bounds and decode-time allocations")
 

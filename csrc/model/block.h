@@ -11,6 +11,24 @@ fm_status fm_block_delta(fm_model *m, const fm_batch *b, int32_t layer);
 fm_status fm_block_moe(fm_model *m, const fm_batch *b, int32_t layer);
 fm_status fm_block_mlp(fm_model *m, const fm_batch *b, int32_t layer);
 
+/* Steps of a forward that its plain and its pipelined form share. model.c: begin and embed; both norms of a layer and
+ * the mixer between them; FM_ERR_CANCELLED when the caller asked. */
+fm_status fm_run_embed(fm_model *m, const fm_batch *b);
+fm_status fm_run_mixer(fm_model *m, const fm_batch *b, int32_t layer);
+fm_status fm_check_cancel(const fm_batch *b);
+
+/* head.c. At most FM_LOGIT_ROWS rows of logits at a time. */
+enum { FM_LOGIT_ROWS = 16 };
+fm_status fm_norm_rows(fm_model *m, const float *w, int64_t n); /* s.h = norm of s.x */
+fm_status fm_head(fm_model *m, const fm_batch *b);
+/* Its steps: the normed rows whose logits are wanted, and where these go; logits of n of them from the r-th on; to
+ * their places; what the logits of all rows and of the last ones share. */
+fm_status fm_head_input(fm_model *m, const fm_batch *b, int64_t *n, float *const **to);
+fm_status fm_head_matmul(fm_model *m, int64_t r, int64_t n);
+void fm_head_output(fm_model *m, int64_t n, float *const *to);
+void fm_head_last(fm_model *m, const fm_batch *b);
+fm_status fm_head_nonfinite(void);
+
 /* Start reading what the next layer may want, while its mixer computes: its router on this layer's output when a
  * few rows decode, everything in order when the rows will want nearly all. */
 fm_status fm_guess_next(fm_model *m, const fm_batch *b, int32_t layer);

@@ -242,8 +242,8 @@ fm_status fm_moe_guess_all(fm_model *m, int32_t layer)
     int n = 0;
     for (int32_t e = 0; e < m->c.num_experts && n < room && n < w->max; e++)
         if (!fm_experts_present(m->experts, layer, e))
-            w->ids[n++] = e;
-    return fm_experts_hint(m->experts, layer, w->ids, n, FM_HINT_GUESS);
+            w->order[n++] = e; /* not ids: they may still be pinned */
+    return fm_experts_hint(m->experts, layer, w->order, n, FM_HINT_GUESS);
 }
 
 fm_status fm_moe_guess_route(fm_model *m, int64_t n, int32_t layer, int32_t *ids)
@@ -261,8 +261,8 @@ fm_status fm_moe_guess_hint(fm_model *m, int64_t n, int32_t layer, const int32_t
     int n_ids = 0;
     for (int64_t j = 0; j < take; j++) /* the surest of every row first */
         for (int64_t r = 0; r < n && n_ids < w->max; r++)
-            w->ids[n_ids++] = ids[r * m->k + j];
-    return fm_experts_hint(m->experts, layer, w->ids, n_ids, FM_HINT_GUESS);
+            w->order[n_ids++] = ids[r * m->k + j];
+    return fm_experts_hint(m->experts, layer, w->order, n_ids, FM_HINT_GUESS);
 }
 
 fm_guess fm_moe_guess_kind(const fm_model *m, const fm_batch *b, int32_t layer)

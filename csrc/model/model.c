@@ -8,8 +8,7 @@
 #include "base/clock.h"
 #include "base/mem.h"
 #include "model/block.h"
-
-enum { LOGIT_ROWS = 16 };
+#include "model/pipeline.h"
 
 /* ---- scratch --------------------------------------------------------------------------------------- */
 
@@ -56,7 +55,7 @@ static void take_scratch(fm_scratch *s, const fm_config *c, int64_t k, int64_t r
     PART(has(c->mixers, c->num_hidden_layers, FM_MIXER_LINEAR), fm_scratch_delta(s, c, rows, a));
     PART(has(c->ffns, c->num_hidden_layers, FM_FFN_MOE), fm_scratch_moe(s, c, k, rows, a));
     PART(has(c->ffns, c->num_hidden_layers, FM_FFN_DENSE), fm_scratch_mlp(s, c, rows, a));
-    s->logit_rows = rows < LOGIT_ROWS ? rows : LOGIT_ROWS;
+    s->logit_rows = rows < FM_LOGIT_ROWS ? rows : FM_LOGIT_ROWS;
     PART(true, s->logits = fm_take_floats(a, s->logit_rows, c->vocab_size));
 #undef PART
     a->used = most;
@@ -102,7 +101,7 @@ fm_status fm_model_scratch_bytes(const fm_config *c, int64_t k, int64_t max_rows
     size_t own;
     const size_t device = device_bytes(c, k, max_rows, &part_rows);
     FM_TRY(cpu_own_bytes(c, max_rows, part_rows, &own));
-    *bytes = device + host.used + own;
+    *bytes = device + host.used + own + fm_pipeline_bytes(c, k, max_rows);
     return FM_OK;
 }
 
@@ -172,7 +171,7 @@ fm_status fm_model_open(const fm_arch *arch, const fm_config *c, fm_backend *be,
     m->experts = e;
     m->k = k;
     m->max_rows = max_rows;
-    const fm_status s = open_memory(m);
+    fm_status s = open_memory(m);
     if (s != FM_OK) {
         fm_model_close(m);
         return s;
@@ -184,6 +183,11 @@ fm_status fm_model_open(const fm_arch *arch, const fm_config *c, fm_backend *be,
     m->embed = fm_weights_mat(w, FM_TENSOR_EMBED, -1);
     m->head = c->tie_word_embeddings ? m->embed : fm_weights_mat(w, FM_TENSOR_LM_HEAD, -1);
     m->norm = fm_weights_vec(w, FM_TENSOR_NORM, -1);
+    s = fm_pipeline_open(m);
+    if (s != FM_OK) {
+        fm_model_close(m);
+        return s;
+    }
     *out = m;
     return FM_OK;
 }
@@ -192,6 +196,7 @@ void fm_model_close(fm_model *m)
 {
     if (!m)
         return;
+    fm_pipeline_close(m);
     fm_wave_close(m->wave);
     fm_trace_close(&m->trace);
     if (m->scratch)
@@ -202,19 +207,31 @@ void fm_model_close(fm_model *m)
 
 /* ---- forward --------------------------------------------------------------------------------------------- */
 
-static fm_status norm_rows(fm_model *m, const float *w, int64_t n)
+fm_status fm_run_embed(fm_model *m, const fm_batch *b)
 {
-    const int64_t H = m->c.hidden_size;
-    return m->be->v->rmsnorm(m->be, m->s.x, H, w, (float)m->c.rms_norm_eps, m->s.h, H, n, H);
+    const int64_t t0 = fm_clock_ns(), L = m->c.num_hidden_layers;
+    m->be->layer = -1;
+    FM_TRY(m->be->v->begin(m->be));
+    FM_TRY(m->be->v->embed(m->be, m->embed, b->ids, b->n_rows, m->s.x, m->c.hidden_size));
+    if (b->trace_router)
+        memset(b->trace_router, 0xff, (size_t)(b->n_rows * L * m->k) * sizeof(int32_t));
+    FM_PHASE_END(m, embed, -1, t0);
+    return FM_OK;
+}
+
+fm_status fm_run_mixer(fm_model *m, const fm_batch *b, int32_t l)
+{
+    const fm_layer *y = &m->layers[l];
+    m->be->layer = l;
+    FM_TRY(fm_norm_rows(m, y->input_norm, b->n_rows));
+    FM_TRY(y->mixer == FM_MIXER_FULL ? fm_block_attn(m, b, l) : fm_block_delta(m, b, l));
+    return fm_norm_rows(m, y->post_norm, b->n_rows);
 }
 
 static fm_status run_layer(fm_model *m, const fm_batch *b, int32_t l)
 {
-    const fm_layer *y = &m->layers[l];
-    FM_TRY(norm_rows(m, y->input_norm, b->n_rows));
-    FM_TRY(y->mixer == FM_MIXER_FULL ? fm_block_attn(m, b, l) : fm_block_delta(m, b, l));
-    FM_TRY(norm_rows(m, y->post_norm, b->n_rows));
-    FM_TRY(y->ffn == FM_FFN_MOE ? fm_block_moe(m, b, l) : fm_block_mlp(m, b, l));
+    FM_TRY(fm_run_mixer(m, b, l));
+    FM_TRY(m->layers[l].ffn == FM_FFN_MOE ? fm_block_moe(m, b, l) : fm_block_mlp(m, b, l));
     FM_TRY(fm_guess_next(m, b, l));
     if (b->trace_hidden) {
         FM_TRY(m->be->v->sync(m->be));
@@ -225,49 +242,7 @@ static fm_status run_layer(fm_model *m, const fm_batch *b, int32_t l)
     return FM_OK;
 }
 
-/* Logits of rows h[0 .. n) to to[i], a tile at a time through the scratch. */
-static fm_status head_rows(fm_model *m, int64_t n, float *const *to)
-{
-    const int64_t H = m->c.hidden_size, V = m->c.vocab_size;
-    for (int64_t r = 0; r < n; r += m->s.logit_rows) {
-        const int64_t rows = n - r < m->s.logit_rows ? n - r : m->s.logit_rows;
-        const fm_matmul_item item = {m->head, NULL, m->s.logits, V, false, false};
-        FM_TRY(m->be->v->matmul(m->be, m->s.h + r * H, H, rows, &item, 1));
-        int64_t bad;
-        FM_TRY(m->be->v->find_nonfinite(m->be, m->s.logits, rows, V, &bad));
-        if (bad >= 0)
-            return fm_fail(FM_ERR_FORMAT, "the logits are not finite: the weights are damaged or overflow f32");
-        for (int64_t i = 0; i < rows; i++)
-            if (to[r + i])
-                memcpy(to[r + i], m->s.logits + i * V, (size_t)V * sizeof(float));
-    }
-    return FM_OK;
-}
-
-static fm_status head(fm_model *m, const fm_batch *b)
-{
-    const int64_t t0 = fm_clock_ns(), H = m->c.hidden_size, V = m->c.vocab_size;
-    if (b->all_logits) {
-        FM_TRY(norm_rows(m, m->norm, b->n_rows));
-        for (int64_t r = 0; r < b->n_rows; r++)
-            m->out[r] = b->all_logits + r * V;
-        FM_TRY(head_rows(m, b->n_rows, m->out));
-    } else {
-        for (int i = 0; i < b->n_spans; i++) { /* only the last row of each sequence, put side by side */
-            const float *x = m->s.x + (b->spans[i].row0 + b->spans[i].n - 1) * H;
-            FM_TRY(m->be->v->rmsnorm(m->be, x, H, m->norm, (float)m->c.rms_norm_eps, m->s.h + i * H, H, 1, H));
-        }
-        FM_TRY(head_rows(m, b->n_spans, b->last_logits));
-    }
-    for (int i = 0; b->all_logits && i < b->n_spans; i++)
-        if (b->last_logits[i])
-            memcpy(b->last_logits[i], b->all_logits + (b->spans[i].row0 + b->spans[i].n - 1) * V,
-                   (size_t)V * sizeof(float));
-    FM_PHASE_END(m, head, -1, t0);
-    return FM_OK;
-}
-
-static fm_status check_cancel(const fm_batch *b)
+fm_status fm_check_cancel(const fm_batch *b)
 {
     if (b->cancel && atomic_load_explicit(b->cancel, memory_order_relaxed))
         return fm_fail(FM_ERR_CANCELLED, "cancelled");
@@ -276,32 +251,23 @@ static fm_status check_cancel(const fm_batch *b)
 
 static fm_status forward(fm_model *m, const fm_batch *b)
 {
-    const int64_t t0 = fm_clock_ns(), L = m->c.num_hidden_layers;
-    m->be->layer = -1;
-    FM_TRY(m->be->v->begin(m->be));
-    FM_TRY(m->be->v->embed(m->be, m->embed, b->ids, b->n_rows, m->s.x, m->c.hidden_size));
-    FM_PHASE_END(m, embed, -1, t0);
-    if (b->trace_router)
-        memset(b->trace_router, 0xff, (size_t)(b->n_rows * L * m->k) * sizeof(int32_t));
-    for (int32_t l = 0; l < L; l++) {
-        FM_TRY(check_cancel(b));
-        m->be->layer = l;
+    FM_TRY(fm_run_embed(m, b));
+    for (int32_t l = 0; l < m->c.num_hidden_layers; l++) {
+        FM_TRY(fm_check_cancel(b));
         FM_TRY(run_layer(m, b, l));
     }
     m->be->layer = -1;
-    FM_TRY(head(m, b));
-    FM_TRY(m->be->v->sync(m->be));
-    fm_trace_add(&m->trace, FM_TRACE_forward, -1, (int32_t)b->n_rows, t0, fm_clock_ns(), 0);
-    return FM_OK;
+    FM_TRY(fm_head(m, b));
+    return m->be->v->sync(m->be);
 }
 
 fm_status fm_model_forward(fm_model *m, const fm_batch *b)
 {
     for (int i = 0; i < b->n_spans; i++)
         fm_state_begin(b->states[i]);
-    const fm_status s = forward(m, b);
-    if (s != FM_OK)
-        return s;
+    const int64_t t0 = fm_clock_ns();
+    FM_TRY(fm_pipeline_fits(m, b) ? fm_pipeline_forward(m, b) : forward(m, b));
+    fm_trace_add(&m->trace, FM_TRACE_forward, -1, (int32_t)b->n_rows, t0, fm_clock_ns(), 0);
     for (int i = 0; i < b->n_spans; i++)
         fm_state_commit(b->states[i], b->spans[i].n);
     return FM_OK;

@@ -14,7 +14,8 @@
 #include "store/experts.h"
 #include "store/weights.h"
 
-/* Where a forward's time went [ns]. */
+/* Where a forward's time went [ns]. On a device that runs ops later, a phase is the time to record it, and the device's
+ * own time shows where the host waits: in router, experts and head. */
 #define FM_PHASE_LIST(X) X(embed) X(attention) X(delta) X(router) X(experts) X(wait) X(shared) X(mlp) X(head)
 
 typedef struct fm_phases {
@@ -72,6 +73,7 @@ typedef struct fm_model {
     size_t scratch_bytes;
     void *host; /* per-span arrays and the wave's lists */
     struct fm_wave *wave;
+    struct fm_pipeline *pipe; /* NULL: every forward is a plain one */
     fm_kv *kv;
     const float **in;
     float **out;

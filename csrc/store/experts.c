@@ -349,21 +349,54 @@ void fm_experts_expire(fm_experts *e, int32_t layer, const int32_t *ids, int n)
     }
 }
 
-static void fill_mats(const fm_experts *e, int32_t layer, int32_t id, int32_t slot, fm_mat mats[FM_ROLE_COUNT])
+typedef const uint8_t *role_areas[FM_ROLE_COUNT][FM_AREA_COUNT];
+
+/* Where an expert's areas lie if its slot begins at base. */
+static void find_areas(const fm_experts *e, const fm_expert_desc *x, int64_t id, const uint8_t *base, role_areas area)
 {
-    const fm_expert_desc *x = layer_desc(e, layer);
     fm_expert_layout l;
     lay_out(e, x, id, &l);
     fm_segment seg[FM_MAX_SEGMENTS];
     fm_expert_segments(x, seg);
-    const uint8_t *area[FM_ROLE_COUNT][FM_AREA_COUNT] = {{NULL}};
+    memset(area, 0, sizeof(role_areas));
     for (int s = 0; s < l.n_segments; s++)
-        area[seg[s].role][seg[s].area] = slot_base(e, slot) + l.segment[s];
+        area[seg[s].role][seg[s].area] = base + l.segment[s];
+}
+
+static void make_mats(const fm_expert_desc *x, const role_areas area, fm_mat mats[FM_ROLE_COUNT])
+{
     for (int r = 0; r < FM_ROLE_COUNT; r++) {
         const fm_format *f = &x->role[r];
         mats[r] = fm_mat_make((fm_quant)f->quant, f->group, (fm_quant)f->scale_quant, f->n_rows, f->n_cols, area[r][0],
                               area[r][1], area[r][2]);
     }
+}
+
+static void fill_mats(const fm_experts *e, int32_t layer, int32_t id, int32_t slot, fm_mat mats[FM_ROLE_COUNT])
+{
+    const fm_expert_desc *x = layer_desc(e, layer);
+    role_areas area;
+    find_areas(e, x, id, slot_base(e, slot), area);
+    make_mats(x, area, mats);
+}
+
+void fm_experts_like(const fm_experts *e, int32_t layer, fm_mat mats[FM_ROLE_COUNT])
+{
+    enum { PAGE = 4096 }; /* slots begin on pages, so that places in them tell the alignment */
+    const fm_expert_desc *x = layer_desc(e, layer);
+    uintptr_t low[FM_ROLE_COUNT][FM_AREA_COUNT] = {{0}};
+    role_areas area;
+    for (int64_t id = 0; id < x->n_experts; id++) {
+        find_areas(e, x, id, e->region, area);
+        for (int r = 0; r < FM_ROLE_COUNT; r++)
+            for (int a = 0; a < FM_AREA_COUNT; a++)
+                low[r][a] |= (uintptr_t)area[r][a] % PAGE;
+    }
+    for (int r = 0; r < FM_ROLE_COUNT; r++)
+        for (int a = 0; a < FM_AREA_COUNT; a++)
+            if (area[r][a])
+                area[r][a] = e->region + low[r][a];
+    make_mats(x, area, mats);
 }
 
 static void take_ready(fm_experts *e, int32_t slot)

@@ -58,6 +58,9 @@ void fm_experts_expire(fm_experts *e, int32_t layer, const int32_t *ids, int n);
  * On error the pins taken so far stay: release what is claimed. */
 fm_status fm_experts_claim(fm_experts *e, int32_t layer, const int32_t *ids, int n, bool *claimed,
                            fm_mat (*mats)[FM_ROLE_COUNT], const atomic_bool *cancel, int *n_new);
+/* Matrices like those of every expert of the layer: shape, format, strides. Their addresses only tell an alignment:
+ * that of the least aligned expert. */
+void fm_experts_like(const fm_experts *e, int32_t layer, fm_mat mats[FM_ROLE_COUNT]);
 /* After a wave failed: nobody waits for the reads under way any more, so their failures are nobody's. */
 void fm_experts_disown(fm_experts *e);
 /* cool (may be NULL): cool[i] lets expert i go before any other, for sweeps that would flush the cache. */

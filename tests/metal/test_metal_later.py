@@ -161,7 +161,7 @@ def test_later_of_three_formats(metal, n):
 def test_combine_and_marks_read_late(metal):
     """combine's lists are filled after recording; marks say which rows are not finite."""
     case = make(metal, "affine4", [1, 2])
-    y, marks = metal.array(np.ones((2, HIDDEN), "f4")), metal.array(np.full(3, 7, "u4"))
+    y, marks = metal.array(np.ones((2, HIDDEN), "f4")), metal.array(np.full(3, 7, "u4"), skip=64)
     start, index = metal.array(np.zeros(3, "i4")), metal.array(np.zeros(3, "i4"))
     weight = metal.array(np.zeros(3, "f4"))
     later = case.later()
