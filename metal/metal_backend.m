@@ -122,6 +122,8 @@ static fm_caps op_caps(const fm_backend *b)
         .asynchronous = true,
         .pipelined = true,
         .max_bytes = ((const fm_metal *)b)->max_bytes,
+        .max_buffer_bytes = ((const fm_metal *)b)->max_buffer_bytes,
+        .device = ((const fm_metal *)b)->name,
     };
     return out;
 }

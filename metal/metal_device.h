@@ -38,6 +38,7 @@ typedef struct fm_metal_counters {
 typedef struct fm_metal {
     fm_backend base; /* first: this is a backend */
     id<MTLDevice> device;
+    char name[96]; /* of the device */
     id<MTLCommandQueue> queue;
     id<MTLLibrary> library;
     fm_metal_pipeline pipelines[FM_METAL_MAX_PIPELINES];

@@ -24,6 +24,7 @@ fm_status fm_metal_device_open(fm_metal *m)
     if (![m->device supportsFamily:MTLGPUFamilyMetal3])
         return fm_fail(FM_ERR_UNSUPPORTED, "backend 'metal': device '%s' lacks the family Metal 3",
                        [[m->device name] UTF8String]);
+    strncpy(m->name, [[m->device name] UTF8String], sizeof m->name - 1);
     m->queue = [m->device newCommandQueue];
     m->ring = [[NSMutableArray alloc] init];
     m->pending = [[NSMutableArray alloc] init];

@@ -163,6 +163,15 @@ def test_doctor(run, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="tests/metal runs it there")
+def test_doctor_of_a_gpu_that_is_not_there(run):
+    code, out, err = run("doctor", "--metal")
+    assert (code, out) == (1, "")
+    assert err == (
+        "flashmoe: backend 'metal' is not in this build: it needs macOS 14 on Apple silicon\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("args", "code", "message"),
     [

@@ -36,6 +36,8 @@ typedef struct fm_caps {
     bool asynchronous;   /* ops only run by sync or flush */
     bool pipelined;      /* the ops of that name are there */
     size_t max_bytes;    /* recommended limit of all allocations; 0: none known */
+    size_t max_buffer_bytes; /* of one allocation; 0: none known */
+    const char *device;  /* its name, borrowed until close; NULL: the processor */
 } fm_caps;
 
 /* One matrix of a matmul call; all items of a call share x. */

@@ -137,6 +137,7 @@ PYBIND11_MODULE(_core, m)
           py::arg("block_bytes") = 1 << 20, py::arg("depth") = 4, py::arg("seconds") = 0.25, py::arg("seed") = 1);
     m.def("crc32c", &crc32c, py::arg("data"), py::arg("crc") = 0);
     bind_engine(m);
+    bind_check(m);
     py::module_ internals = m.def_submodule("internals", "Kernels and codecs, for tests and benches only.");
     bind_internals(internals);
 }

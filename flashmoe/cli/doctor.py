@@ -25,9 +25,21 @@ def doctor(
         str | None,
         typer.Argument(metavar="DIR", help="Measure reads here; a temporary file is written."),
     ] = None,
+    metal: Annotated[
+        bool,
+        typer.Option("--metal", help="Check every kernel on this GPU instead, and time them."),
+    ] = False,
+    small: Annotated[
+        bool, typer.Option("--small", help="With --metal: small sizes only; speeds mean nothing.")
+    ] = False,
     json: opt.Json = False,
 ) -> None:
     """Show versions, CPU variant, I/O methods, free memory, read speed and environment."""
+    if metal:
+        from flashmoe.cli.conformance import show_conformance
+
+        show_conformance("metal", small=small, json=json)
+        return
     facts = _facts(Path(folder) if folder else Path(tempfile.gettempdir()))
     if json:
         opt.print_json(facts)
