@@ -185,17 +185,24 @@ typedef struct sequence {
     const rig *r;
     fm_attn_args attn;
     fm_delta_args delta;
-    const float *K, *V;
+    fm_kv_head kv;
     float *S_in, *S_out, *scratch;
-    int64_t n, n_before, scratch_floats;
+    int64_t n, n_before, scratch_floats, stride;
 } sequence;
 
 static void attn_task(void *ctx, int64_t task, int worker)
 {
+    const sequence *q = ctx;
+    const int64_t block = 16, r0 = (q->n - 1) / block * block - task / 2 * block;
+    const int64_t r1 = r0 + block < q->n ? r0 + block : q->n;
+    q->r->k.attend_rows(&q->attn, r0, r1, task % 2, &q->kv, q->n_before, q->scratch + worker * q->scratch_floats);
+}
+
+static void attn_part_task(void *ctx, int64_t task, int worker)
+{
     (void)worker;
     const sequence *q = ctx;
-    const int64_t block = 16, r0 = task / 2 * block, r1 = r0 + block < q->n ? r0 + block : q->n;
-    q->r->k.attend_rows(&q->attn, r0, r1, task % 2, q->K, q->V, q->n_before);
+    q->r->k.attend_part(&q->attn, 0, 1, task % 2, &q->kv, q->n_before, task / 2, q->scratch + task * q->stride);
 }
 
 static void delta_task(void *ctx, int64_t h, int worker)
@@ -240,23 +247,51 @@ static float *floats(int64_t n)
     return p;
 }
 
+/* Both KV heads read the same K, V: counted once. Times of decode are per token, of prefill per row. */
+static void run_attention(rig *r, sequence *q, float *out)
+{
+    static const fm_quant kv_formats[] = {FM_QUANT_F32, FM_QUANT_F16, FM_QUANT_BF16};
+    static const int64_t contexts[] = {4096, 32768};
+    const int64_t hd = 256, most = 32768;
+    float *kv = floats(2 * most * hd), *qg = floats(MAX_N * 16 * 2 * hd);
+    uint8_t *stored = (uint8_t *)floats(2 * most * hd);
+    q->stride = 8 * fm_attn_part_floats(hd);
+    q->scratch_floats = FM_ATTN_QUERIES * fm_attn_part_floats(hd);
+    q->scratch = floats(q->scratch_floats * r->s->threads + 2 * most / FM_ATTN_PART * q->stride);
+    q->attn = (fm_attn_args){.n_heads = 16, .n_kv_heads = 2, .head_dim = hd, .scale = 0.0625f, .q = qg, .gate = qg + hd,
+                             .ld_q = 16 * 2 * hd, .ld_q_head = 2 * hd, .y = out, .ld_y = 4096};
+    for (int f = 0; f < FM_COUNT(kv_formats); f++)
+        for (int i = 0; i < FM_COUNT(contexts); i++) {
+            char name[64];
+            const int64_t cap = contexts[i], bytes = cap * hd * fm_quant_get(kv_formats[f])->bits / 8;
+            r->k.kv_store(kv_formats[f], kv, cap * hd, stored);
+            r->k.kv_store(kv_formats[f], kv + cap * hd, cap * hd, stored + bytes);
+            q->kv = (fm_kv_head){stored, stored + bytes, kv_formats[f]};
+            q->n = 1;
+            q->n_before = cap - 1;
+            snprintf(name, sizeof name, "attention decode, %dk %s", (int)(cap / 1024), fm_quant_get(kv_formats[f])->name);
+            run_op(r, name, 1, 2 * cap / FM_ATTN_PART, attn_part_task, q, 2.0 * (double)bytes,
+                   16.0 * 4 * (double)(cap * hd));
+            q->n = 64;
+            q->n_before = cap - q->n;
+            snprintf(name, sizeof name, "attention prefill, 64 to %dk %s", (int)(cap / 1024),
+                     fm_quant_get(kv_formats[f])->name);
+            run_op(r, name, q->n, q->n / 16 * 2, attn_task, q, 0,
+                   16.0 * 4 * (double)(q->n * (q->n_before + q->n / 2) * hd));
+        }
+    q->kv = (fm_kv_head){kv, kv + most * hd, FM_QUANT_F32};
+    q->n = MAX_N;
+    q->n_before = 0;
+    run_op(r, "attention prefill, first 512", MAX_N, MAX_N / 16 * 2, attn_task, q, 0,
+           16.0 * 2 * MAX_N * (double)(MAX_N * hd));
+}
+
 static void run_sequence(rig *r)
 {
-    const int64_t hd = 256, layers = 8, cap = 16384;
-    sequence q = {.r = r, .n_before = cap - MAX_N};
-    float *kv = floats(2 * cap * hd), *qg = floats(MAX_N * 16 * 2 * hd), *out = floats(MAX_N * 4096);
-    q.K = kv;
-    q.V = kv + cap * hd;
-    q.attn = (fm_attn_args){.n_heads = 16, .n_kv_heads = 2, .head_dim = hd, .scale = 0.0625f, .q = qg, .gate = qg + hd,
-                            .ld_q = 16 * 2 * hd, .ld_q_head = 2 * hd, .y = out, .ld_y = 4096};
-    q.n = 1; /* both KV heads read the same K, V here: count it once */
-    q.n_before = cap - 1;
-    run_op(r, "attention decode, 16k", 1, 2, attn_task, &q, (double)(2 * cap * hd) * 4, 16.0 * 4 * (double)(cap * hd));
-    q.n = MAX_N;
-    q.n_before = 0;
-    run_op(r, "attention prefill, first 512", MAX_N, MAX_N / 16 * 2, attn_task, &q, 0,
-           16.0 * 2 * MAX_N * (double)(MAX_N * hd));
-
+    const int64_t layers = 8;
+    sequence q = {.r = r};
+    float *out = floats(MAX_N * 4096);
+    run_attention(r, &q, out);
     float *qkv = floats(MAX_N * 8192), *z = floats(MAX_N * 4096), *ab = floats(2 * MAX_N * 32), *w = floats(1024);
     q.delta = (fm_delta_args){.n_k_heads = 16, .n_v_heads = 32, .dk = 128, .dv = 128, .qkv = qkv, .z = z, .a = ab,
                               .b = ab + MAX_N * 32, .A_log = w, .dt_bias = w + 32, .norm_w = w + 64, .eps = 1e-6f,

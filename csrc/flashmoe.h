@@ -42,8 +42,9 @@ typedef struct fm_engine_opts {
     size_t split_bytes;        /* read an expert in parts of about this size; 0: the default */
     const char *numeric;       /* "exact": f32 activations; "fast": int8 activations in quantised products; NULL: exact */
     int64_t lookahead;         /* experts guessed per row for the next layer while its mixer computes; 0: none */
+    const char *kv_format;     /* of the KV cache: "f32", "f16" or "bf16"; NULL: f32 */
 } fm_engine_opts;
-#define FM_ENGINE_OPTS_INIT { 0, 4096, 512, 0, 0, NULL, false, 0, NULL, NULL, true, NULL, 0, NULL, 0 }
+#define FM_ENGINE_OPTS_INIT { 0, 4096, 512, 0, 0, NULL, false, 0, NULL, NULL, true, NULL, 0, NULL, 0, NULL }
 
 /* Bytes that open and create will take; nothing is read or allocated. */
 typedef struct fm_engine_plan {
@@ -52,7 +53,7 @@ typedef struct fm_engine_plan {
 } fm_engine_plan;
 
 typedef struct fm_engine_info {
-    const char *arch, *backend, *cpu_variant, *numeric, *io_method; /* static or borrowed until close */
+    const char *arch, *backend, *cpu_variant, *numeric, *kv_format, *io_method; /* static or borrowed until close */
     bool io_direct, verify;
     int n_threads;
     int32_t n_slots;

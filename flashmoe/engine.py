@@ -57,6 +57,9 @@ class Engine:
         ``"exact"``: float32 activations.  ``"fast"``: rounded to int8 in blocks for products with
         quantised weights (``docs/kernels.md``).  ``"auto"``: fast for quantised models of hidden
         size >= 1024, where it is several times faster; exact for others.
+    kv_format : str
+        Of the attention's keys and values: ``"f32"``; ``"f16"`` or ``"bf16"`` take half the memory
+        and round each to nearest (on the CPU backend; ``docs/kernels.md``).
     lookahead : int
         Experts per token read on a guess for the next layer; 0 reads none.  Never changes a result.
     cache_policy : str
@@ -91,23 +94,16 @@ class Engine:
         backend: str = "auto",
         prefill_chunk: int | None = None,
         numeric: str = "auto",
+        kv_format: str = "f32",
         lookahead: int = 0,
         cache_policy: str = "lru",
         on_plan: Callable[[MemoryPlan], None] | None = None,
     ) -> None:
         prepared = prepare(
-            path,
-            experts_per_token=experts_per_token,
-            memory=memory,
-            io=io,
-            threads=threads,
-            context=context,
-            backend=backend,
-            prefill_chunk=prefill_chunk,
-            numeric=numeric,
-            lookahead=lookahead,
-            cache_policy=cache_policy,
-        )
+            path, experts_per_token=experts_per_token, memory=memory, io=io, threads=threads,
+            context=context, backend=backend, prefill_chunk=prefill_chunk, numeric=numeric,
+            kv_format=kv_format, lookahead=lookahead, cache_policy=cache_policy,
+        )  # fmt: skip
         if on_plan is not None:
             on_plan(prepared.plan)
         try:
@@ -335,6 +331,7 @@ class Engine:
             "experts_per_token": self.plan.experts_per_token,
             "trained_experts_per_token": self.plan.trained_experts_per_token,
             "numeric": self.plan.numeric,
+            "kv_format": self.plan.kv_format,
         }
 
     def _prompt_ids(

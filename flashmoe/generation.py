@@ -239,7 +239,7 @@ class Generation:
 
     ``token_ids`` and ``usage`` do not count the end token.  ``experts_per_token`` is what ran,
     ``trained_experts_per_token`` what the checkpoint was trained with; ``numeric`` is "exact", or
-    "fast" if activations were rounded.
+    "fast" if activations were rounded; ``kv_format`` is that of the attention's keys and values.
     """
 
     text: str
@@ -254,6 +254,7 @@ class Generation:
     experts_per_token: int
     trained_experts_per_token: int
     numeric: str
+    kv_format: str
 
     def __str__(self) -> str:
         return self.text

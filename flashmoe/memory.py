@@ -84,6 +84,7 @@ class MemoryPlan:
     arch: str
     backend: str
     numeric: str
+    kv_format: str
     n_threads: int
     experts_per_token: int
     trained_experts_per_token: int
@@ -125,7 +126,8 @@ class MemoryPlan:
         return [
             ("already used", format_bytes(self.baseline_bytes), "interpreter and libraries"),
             ("trunk", format_bytes(self.trunk_bytes), "resident weights"),
-            ("state", format_bytes(self.state_bytes), f"context of {self.context} tokens"),
+            ("state", format_bytes(self.state_bytes), f"context of {self.context} tokens"
+             + (f", K and V in {self.kv_format}" if self.kv_format != "f32" else "")),
             ("scratch", format_bytes(self.scratch_bytes), f"prefill {self.prefill_chunk} rows"),
             ("expert slots", format_bytes(self.slots_bytes), of),
             ("total", format_bytes(self.total_bytes), f"of {format_bytes(self.budget_bytes)}, "

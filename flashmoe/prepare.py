@@ -25,6 +25,7 @@ __all__ = ["Prepared", "expert_format", "prepare"]
 
 CONTEXT = 4096
 NUMERICS = ("exact", "fast")
+KV_FORMATS = ("f32", "f16", "bf16")
 FAST_HIDDEN = 1024
 """From this width on ``numeric="auto"`` is fast: below, products take no time worth saving."""
 
@@ -69,6 +70,7 @@ def prepare(
     backend: str = "auto",
     prefill_chunk: int | None = None,
     numeric: str = "auto",
+    kv_format: str = "f32",
     lookahead: int = 0,
     cache_policy: str = "lru",
 ) -> Prepared:
@@ -79,6 +81,7 @@ def prepare(
     _choice("io", io, ("auto", "direct", *methods))
     _choice("backend", backend, ("auto", *_core.backends()))
     _choice("numeric", numeric, ("auto", *NUMERICS))
+    _choice("kv_format", kv_format, KV_FORMATS)
     _choice("cache_policy", cache_policy, tuple(_core.cache_policies()))
     n_threads = cpu_count() if threads is None else _integer("threads", threads, 1, 4096)
     desc = open_checkpoint(default_model() if path is None else Path(path).expanduser())
@@ -106,6 +109,7 @@ def prepare(
         "io_workers": 0,
         "backend": "cpu" if backend == "auto" else backend,
         "numeric": numeric,
+        "kv_format": kv_format,
         "lookahead": _integer("lookahead", lookahead, 0, 64),
         "cache_policy": cache_policy,
         "verify": True,
@@ -123,6 +127,7 @@ def prepare(
             "arch": f"{desc.arch} {expert_format(desc)}",
             "backend": opts["backend"],
             "numeric": numeric,
+            "kv_format": kv_format,
             "n_threads": n_threads,
             "experts_per_token": k,
             "trained_experts_per_token": trained,

@@ -17,7 +17,7 @@ from flashmoe.system import available_bytes, resident_bytes
 
 GIB = 1 << 30
 IDENTITY = {
-    "model": "m", "arch": "a", "backend": "cpu", "numeric": "exact", "n_threads": 2,
+    "model": "m", "arch": "a", "backend": "cpu", "numeric": "exact", "kv_format": "f32", "n_threads": 2,
     "experts_per_token": 2, "trained_experts_per_token": 4,
 }  # fmt: skip
 

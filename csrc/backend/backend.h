@@ -38,6 +38,7 @@ typedef struct fm_caps {
     size_t max_bytes;    /* recommended limit of all allocations; 0: none known */
     size_t max_buffer_bytes; /* of one allocation; 0: none known */
     const char *device;  /* its name, borrowed until close; NULL: the processor */
+    uint32_t kv_formats; /* 1 << fm_quant for each plain format besides f32 that fm_kv may have */
 } fm_caps;
 
 /* One matrix of a matmul call; all items of a call share x. */
@@ -64,8 +65,9 @@ typedef struct fm_rope_args {
 } fm_rope_args;
 
 typedef struct fm_kv {
-    float *k, *v;     /* [n_kv_heads, capacity, head_dim] f32 */
+    void *k, *v;      /* [n_kv_heads, capacity, head_dim] */
     int64_t capacity; /* positions */
+    fm_quant format;  /* F32, or one of caps.kv_formats */
 } fm_kv;
 
 typedef struct fm_attention_args {

@@ -380,12 +380,14 @@ static fm_status copy_caches(compare *c, const fm_attention_args *a, fm_kv *out)
     FM_TRY(temp(c, 2 * total, &at));
     for (int s = 0; s < a->n_spans; s++) {
         const int64_t before = a->spans[s].pos0, all = before + a->spans[s].n, size = a->a.n_kv_heads * all * hd;
-        out[s] = (fm_kv){at, at + size, all};
+        float *k = at, *v = at + size;
+        const float *from_k = a->kv[s].k, *from_v = a->kv[s].v;
+        out[s] = (fm_kv){k, v, all, FM_QUANT_F32};
         at += 2 * size;
         for (int64_t g = 0; g < a->a.n_kv_heads; g++) {
             const int64_t to = g * all * hd, from = g * a->kv[s].capacity * hd;
-            memcpy(out[s].k + to, a->kv[s].k + from, (size_t)(before * hd) * sizeof(float));
-            memcpy(out[s].v + to, a->kv[s].v + from, (size_t)(before * hd) * sizeof(float));
+            memcpy(k + to, from_k + from, (size_t)(before * hd) * sizeof(float));
+            memcpy(v + to, from_v + from, (size_t)(before * hd) * sizeof(float));
         }
     }
     return FM_OK;
@@ -396,13 +398,14 @@ static fm_status check_attention(compare *c, const fm_attention_args *a, int s, 
 {
     const int64_t hd = a->a.head_dim, all = kv->capacity, per = a->a.n_heads / a->a.n_kv_heads * hd;
     const fm_span *sp = &a->spans[s];
+    const float *k = a->kv[s].k, *v = a->kv[s].v, *our_k = kv->k, *our_v = kv->v;
     for (int64_t g = 0; g < a->a.n_kv_heads; g++) {
         const int64_t ours = g * all * hd, theirs = g * a->kv[s].capacity * hd, at = sp->row0 * a->a.ld_y + g * per;
-        FM_TRY(check(c, (block){"K cache", a->kv[s].k + theirs, kv->k + ours, NULL, hd, hd, all, hd}));
-        FM_TRY(check(c, (block){"V cache", a->kv[s].v + theirs, kv->v + ours, NULL, hd, hd, all, hd}));
+        FM_TRY(check(c, (block){"K cache", k + theirs, our_k + ours, NULL, hd, hd, all, hd}));
+        FM_TRY(check(c, (block){"V cache", v + theirs, our_v + ours, NULL, hd, hd, all, hd}));
         float most = 0;
         for (int64_t i = 0; i < all * hd; i++)
-            most = fmaxf(most, fabsf(kv->v[ours + i]));
+            most = fmaxf(most, fabsf(our_v[ours + i]));
         for (int64_t r = 0; r < sp->n; r++)
             for (int64_t i = 0; i < per; i++)
                 bound[at + r * a->a.ld_y + i] = 0x1p-17f * most;
@@ -600,6 +603,7 @@ static fm_caps op_caps(const fm_backend *b)
     const fm_backend *dev = ((const compare *)b)->dev;
     fm_caps caps = dev->v->caps(dev);
     caps.pipelined = false; /* an op is judged when it is called: its result must be there */
+    caps.kv_formats = 0; /* caches are compared as f32 */
     return caps;
 }
 

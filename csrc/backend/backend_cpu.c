@@ -41,7 +41,7 @@ static void cpu_close(fm_backend *b)
 static fm_caps cpu_caps(const fm_backend *b)
 {
     (void)b;
-    const fm_caps caps = {.unified_memory = true};
+    const fm_caps caps = {.unified_memory = true, .kv_formats = 1u << FM_QUANT_F16 | 1u << FM_QUANT_BF16};
     return caps;
 }
 
@@ -308,38 +308,102 @@ static fm_status cpu_rope(fm_backend *b, const fm_rope_args *a)
 typedef struct attend_ctx {
     const fm_kernels *k;
     const fm_attention_args *a;
-    int64_t rows_per_task;
+    float *floats; /* each worker's scratch, or the parts */
+    int64_t n_floats /* of a worker, or of a part of all KV heads */, rows_per_task;
     int span;
 } attend_ctx;
 
+static int64_t kv_bytes(const fm_attention_args *a, int span, int64_t n_pos)
+{
+    return n_pos * a->a.head_dim * fm_quant_get(a->kv[span].format)->bits / 8;
+}
+
+static fm_kv_head kv_head_at(const fm_attention_args *a, int span, int64_t g)
+{
+    const fm_kv *kv = &a->kv[span];
+    const int64_t skip = kv_bytes(a, span, g * kv->capacity);
+    const fm_kv_head head = {(const uint8_t *)kv->k + skip, (const uint8_t *)kv->v + skip, kv->format};
+    return head;
+}
+
+static void store_kv(const cpu_backend *c, const fm_attention_args *a, int span)
+{
+    const fm_span *sp = &a->spans[span];
+    const fm_kv *kv = &a->kv[span];
+    const int64_t hd = a->a.head_dim;
+    for (int64_t g = 0; g < a->a.n_kv_heads; g++)
+        for (int64_t t = 0; t < sp->n; t++) {
+            const int64_t from = (sp->row0 + t) * a->ld_kv + g * hd;
+            const int64_t to = kv_bytes(a, span, g * kv->capacity + sp->pos0 + t);
+            c->k->kv_store(kv->format, a->k + from, hd, (uint8_t *)kv->k + to);
+            c->k->kv_store(kv->format, a->v + from, hd, (uint8_t *)kv->v + to);
+        }
+}
+
 static void attend_task(void *p, int64_t task, int worker)
+{
+    const attend_ctx *c = p;
+    const fm_attn_args *a = &c->a->a;
+    const fm_span *s = &c->a->spans[c->span];
+    const int64_t blocks = (s->n + c->rows_per_task - 1) / c->rows_per_task, g = task % a->n_kv_heads;
+    const int64_t t0 = (blocks - 1 - task / a->n_kv_heads) * c->rows_per_task; /* the longest first */
+    const int64_t t1 = t0 + c->rows_per_task < s->n ? t0 + c->rows_per_task : s->n;
+    const fm_kv_head kv = kv_head_at(c->a, c->span, g);
+    c->k->attend_rows(a, s->row0 + t0, s->row0 + t1, g, &kv, s->pos0 - s->row0, c->floats + worker * c->n_floats);
+}
+
+static void attend_part_task(void *p, int64_t task, int worker)
 {
     (void)worker;
     const attend_ctx *c = p;
     const fm_attn_args *a = &c->a->a;
     const fm_span *s = &c->a->spans[c->span];
-    const fm_kv *kv = &c->a->kv[c->span];
-    const int64_t t0 = task / a->n_kv_heads * c->rows_per_task, g = task % a->n_kv_heads;
-    const int64_t t1 = t0 + c->rows_per_task < s->n ? t0 + c->rows_per_task : s->n, head = kv->capacity * a->head_dim;
-    c->k->attend_rows(a, s->row0 + t0, s->row0 + t1, g, kv->k + g * head, kv->v + g * head, s->pos0 - s->row0);
+    const int64_t g = task % a->n_kv_heads, part = task / a->n_kv_heads;
+    const fm_kv_head kv = kv_head_at(c->a, c->span, g);
+    c->k->attend_part(a, s->row0, s->row0 + s->n, g, &kv, s->pos0 - s->row0, part,
+                      c->floats + part * c->n_floats + g * (c->n_floats / a->n_kv_heads));
+}
+
+static void attend_merge_task(void *p, int64_t g, int worker)
+{
+    (void)worker;
+    const attend_ctx *c = p;
+    const fm_attn_args *a = &c->a->a;
+    const fm_span *s = &c->a->spans[c->span];
+    c->k->attend_merge(a, s->row0, s->row0 + s->n, g, s->pos0 - s->row0,
+                       c->floats + g * (c->n_floats / a->n_kv_heads), c->n_floats);
+}
+
+/* Few rows and KV heads do not keep the threads busy: then the positions are divided too, in parts whose size is fixed,
+ * so that the bits stay. Their room is taken for the whole capacity at once: decode allocates nothing later. */
+static fm_status attend_span(cpu_backend *c, const fm_attention_args *a, int span)
+{
+    const fm_span *sp = &a->spans[span];
+    const int64_t nkv = a->a.n_kv_heads, per = a->a.n_heads / nkv, query = fm_attn_part_floats(a->a.head_dim);
+    const int64_t fit = FM_ATTN_QUERIES / per, n_threads = fm_pool_threads(c->pool);
+    const bool few = sp->n <= FM_ATTN_FEW_ROWS && n_threads > 1 && nkv < 4 * n_threads;
+    const int64_t parts = (sp->pos0 + sp->n + FM_ATTN_PART - 1) / FM_ATTN_PART;
+    const int64_t most = (a->kv[span].capacity + FM_ATTN_PART - 1) / FM_ATTN_PART;
+    const int64_t of_rows = n_threads * FM_ATTN_QUERIES, of_parts = few ? most * sp->n * a->a.n_heads : 0;
+    const int64_t room = query * (of_rows > of_parts ? of_rows : of_parts);
+    FM_TRY(reserve((void **)&c->temp, &c->temp_bytes, (size_t)room * sizeof(float)));
+    attend_ctx x = {c->k, a, c->temp, query * FM_ATTN_QUERIES, fit < 1 ? 1 : fit, span};
+    if (few && parts > 1) {
+        x.n_floats = query * sp->n * a->a.n_heads;
+        fm_parallel_for(c->pool, parts * nkv, attend_part_task, &x);
+        fm_parallel_for(c->pool, nkv, attend_merge_task, &x);
+    } else {
+        fm_parallel_for(c->pool, (sp->n + x.rows_per_task - 1) / x.rows_per_task * nkv, attend_task, &x);
+    }
+    return FM_OK;
 }
 
 static fm_status cpu_attention(fm_backend *b, const fm_attention_args *a)
 {
-    const cpu_backend *c = (const cpu_backend *)b;
-    const int64_t hd = a->a.head_dim, nkv = a->a.n_kv_heads;
+    cpu_backend *c = (cpu_backend *)b;
     for (int s = 0; s < a->n_spans; s++) {
-        const fm_span *sp = &a->spans[s];
-        for (int64_t t = 0; t < sp->n; t++)
-            for (int64_t g = 0; g < nkv; g++) {
-                const int64_t to = (g * a->kv[s].capacity + sp->pos0 + t) * hd;
-                const int64_t from = (sp->row0 + t) * a->ld_kv + g * hd;
-                memcpy(a->kv[s].k + to, a->k + from, (size_t)hd * sizeof(float));
-                memcpy(a->kv[s].v + to, a->v + from, (size_t)hd * sizeof(float));
-            }
-        const int64_t per_pass = 128 / (a->a.n_heads / nkv); /* rows whose queries share one pass over K and V */
-        attend_ctx x = {c->k, a, per_pass < 1 ? 1 : per_pass, s};
-        fm_parallel_for(c->pool, (sp->n + x.rows_per_task - 1) / x.rows_per_task * nkv, attend_task, &x);
+        store_kv(c, a, s);
+        FM_TRY(attend_span(c, a, s));
     }
     return FM_OK;
 }

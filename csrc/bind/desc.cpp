@@ -254,6 +254,7 @@ fm_engine_opts read_opts(const py::dict &d, std::deque<std::string> &strings)
         else if (key == "cache_policy") o.cache_policy = text(v);
         else if (key == "split_bytes") o.split_bytes = (size_t)to_i64(v, "split_bytes");
         else if (key == "numeric") o.numeric = text(v);
+        else if (key == "kv_format") o.kv_format = text(v);
         else if (key == "lookahead") o.lookahead = to_i64(v, "lookahead");
         else fail(FM_ERR_ARG, "engine option '" + key + "' is unknown");
     }

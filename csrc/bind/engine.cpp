@@ -137,6 +137,7 @@ py::dict info_dict(const Engine &e)
     out["backend"] = e.info.backend;
     out["cpu_variant"] = e.info.cpu_variant;
     out["numeric"] = e.info.numeric;
+    out["kv_format"] = e.info.kv_format;
     out["io_method"] = e.info.io_method;
     out["io_direct"] = i.io_direct;
     out["verify"] = i.verify;

@@ -64,6 +64,23 @@ typedef struct fm_attn_args {
     int64_t ld_y;
 } fm_attn_args;
 
+/* One KV head's cache: k, v [n_pos, head_dim] contiguous, f32, f16 or bf16. */
+typedef struct fm_kv_head {
+    const void *k, *v;
+    fm_quant format;
+} fm_kv_head;
+
+enum {
+    FM_ATTN_QUERIES = 128, /* queries (rows x heads of a KV head) that share one pass over K and V */
+    /* Positions of a part. Every query is summed part by part, so its bits are the same whoever computes the parts. */
+    FM_ATTN_PART = 512,
+    FM_ATTN_FEW_ROWS = 4, /* of a span: up to here the CPU backend divides the positions among threads */
+};
+
+/* A query's share of one part: unnormalised output [head_dim], then at head_dim rounded up to 16 the largest score and
+ * the sum of exp(score - largest). Floats from one query to the next: */
+static inline int64_t fm_attn_part_floats(int64_t head_dim) { return (head_dim + 15) / 16 * 16 + 16; }
+
 /* Numeric mode of matmul with affine weights. Everything else is the same in both.
  * EXACT: activations and sums in f32.
  * FAST: activations rounded to 15-bit integers (two int8 terms) in blocks of 64 columns, one f32 scale per block
@@ -101,16 +118,21 @@ typedef struct fm_kernels {
      * cs = cos, sin of the angles: [rot/2] each, made once per row by the caller. Bound: 4u * (|x_i| + |x_j|). */
     void (*rope)(float *x, const float *cs_cos, const float *cs_sin, int64_t rot);
 
-    /* One row, one KV head: the n_heads/n_kv_heads query heads that read it.
-     * K, V [n_pos, head_dim] f32 contiguous; softmax over n_pos with max subtraction; then * sigmoid(gate).
-     * Bound: 2^-18 * max|v| per element. */
-    void (*attend)(const fm_attn_args *a, int64_t row, int64_t kv_head, const float *K, const float *V,
-                   int64_t n_pos);
-    /* Prefill: rows r0 <= r < r1 of one sequence; row r attends to positions 0 .. n_before + r of K, V. The same bits
-     * as attend() row by row, but a tile of K and V is read once for up to 128 queries (rows x heads of this KV head):
-     * give rows in blocks of at least 128 / (n_heads / n_kv_heads). */
-    void (*attend_rows)(const fm_attn_args *a, int64_t r0, int64_t r1, int64_t kv_head, const float *K, const float *V,
-                        int64_t n_before);
+    /* out[0..n) = x in the format (f32, f16, bf16), rounded to nearest even. */
+    void (*kv_store)(fm_quant format, const float *x, int64_t n, void *out);
+    /* Rows r0 <= r < r1 of one sequence, the n_heads/n_kv_heads query heads that read kv_head: row r attends to
+     * positions 0 .. n_before + r; softmax with max subtraction; then * sigmoid(gate). Bound: 2^-18 * max|v| per
+     * element, over K and V as stored. A tile of K and V is read once for FM_ATTN_QUERIES queries: give rows in blocks
+     * of that many / (n_heads / n_kv_heads), counted from r0. scratch: FM_ATTN_QUERIES * fm_attn_part_floats. */
+    void (*attend_rows)(const fm_attn_args *a, int64_t r0, int64_t r1, int64_t kv_head, const fm_kv_head *kv,
+                        int64_t n_before, float *scratch);
+    /* The same, the positions divided among threads: attend_part sums positions part*FM_ATTN_PART and on for those of
+     * the rows that reach them, query i (row by row, then heads) at out + i*fm_attn_part_floats; attend_merge makes y
+     * of all parts, part p's queries at parts + p*stride. The bits are attend_rows'. */
+    void (*attend_part)(const fm_attn_args *a, int64_t r0, int64_t r1, int64_t kv_head, const fm_kv_head *kv,
+                        int64_t n_before, int64_t part, float *out);
+    void (*attend_merge)(const fm_attn_args *a, int64_t r0, int64_t r1, int64_t kv_head, int64_t n_before,
+                         const float *parts, int64_t stride);
 
     /* Causal depthwise convolution + SiLU over channels c0 <= c < c1 of one sequence's n rows.
      * m [n, n_ch] rows ldm apart; w [n_ch, kern], tap kern-1 = current row; hist_in [kern-1, n_ch] raw rows, oldest

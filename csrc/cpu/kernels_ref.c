@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "cpu/kernels_impl.h"
+#include "quant/quant_plain.h"
 
 enum { TILE = 512 }; /* decoded weights on the stack */
 
@@ -118,52 +119,118 @@ static void rope_ref(float *x, const float *cs_cos, const float *cs_sin, int64_t
     }
 }
 
-/* Online softmax: one pass over the positions, no scratch that grows with the context. */
-static void attend_ref(const fm_attn_args *a, int64_t row, int64_t kv_head, const float *K, const float *V,
-                       int64_t n_pos)
+static void kv_store_ref(fm_quant format, const float *x, int64_t n, void *out)
 {
-    enum { MAX_PART = 64 }; /* the output is made in parts, so that any head_dim fits the stack */
-    const int64_t per_kv = a->n_heads / a->n_kv_heads, hd = a->head_dim;
-    for (int64_t h = kv_head * per_kv; h < (kv_head + 1) * per_kv; h++) {
-        const float *q = a->q + row * a->ld_q + h * a->ld_q_head;
-        const float *gate = a->gate ? a->gate + row * a->ld_q + h * a->ld_q_head : NULL;
-        float *y = a->y + row * a->ld_y + h * hd;
-        double top = -INFINITY, total = 0;
-        for (int64_t p0 = 0; p0 < hd; p0 += MAX_PART) {
-            const int64_t np = hd - p0 < MAX_PART ? hd - p0 : MAX_PART;
-            double out[MAX_PART] = {0};
-            top = -INFINITY;
-            total = 0;
-            for (int64_t t = 0; t < n_pos; t++) {
-                double s = 0;
-                for (int64_t d = 0; d < hd; d++)
-                    s += (double)q[d] * K[t * hd + d];
-                s *= a->scale;
-                if (s > top) {
-                    const double shrink = exp(top - s);
-                    total *= shrink;
-                    for (int64_t d = 0; d < np; d++)
-                        out[d] *= shrink;
-                    top = s;
-                }
-                const double p = exp(s - top);
-                total += p;
+    fm_quant_get(format)->encode_ref(x, n, 0, FM_QUANT_F32, out, NULL, NULL);
+}
+
+/* Where a query's numbers are; i counts rows first, then the heads of the KV head. */
+typedef struct query {
+    const float *q, *gate;
+    float *y;
+    int64_t n_pos;
+} query;
+
+static query query_at(const fm_attn_args *a, int64_t r0, int64_t kv_head, int64_t n_before, int64_t i)
+{
+    const int64_t per = a->n_heads / a->n_kv_heads, r = r0 + i / per, h = kv_head * per + i % per;
+    const int64_t at = r * a->ld_q + h * a->ld_q_head;
+    const query q = {a->q + at, a->gate ? a->gate + at : NULL, a->y + r * a->ld_y + h * a->head_dim, n_before + r + 1};
+    return q;
+}
+
+/* Online softmax: one pass over the positions t0 <= t < t1 per MAX_PART dims, so that any head_dim fits the stack. */
+static void attend_span(const fm_attn_args *a, const float *q, const fm_kv_head *kv, int64_t t0, int64_t t1, float *out)
+{
+    enum { MAX_PART = 64 };
+    const int64_t hd = a->head_dim;
+    double top = -INFINITY, total = 0;
+    for (int64_t p0 = 0; p0 < hd; p0 += MAX_PART) {
+        const int64_t np = hd - p0 < MAX_PART ? hd - p0 : MAX_PART;
+        double sum[MAX_PART] = {0};
+        top = -INFINITY;
+        total = 0;
+        for (int64_t t = t0; t < t1; t++) {
+            double s = 0;
+            for (int64_t d = 0; d < hd; d++)
+                s += (double)q[d] * fm_plain_load(kv->format, kv->k, t * hd + d);
+            s *= a->scale;
+            if (s > top) {
+                const double shrink = exp(top - s);
+                total *= shrink;
                 for (int64_t d = 0; d < np; d++)
-                    out[d] += p * V[t * hd + p0 + d];
+                    sum[d] *= shrink;
+                top = s;
             }
-            for (int64_t d = 0; d < np; d++) {
-                const double g = gate ? sigmoid(gate[p0 + d]) : 1;
-                y[p0 + d] = (float)(out[d] / total * g);
-            }
+            const double p = exp(s - top);
+            total += p;
+            for (int64_t d = 0; d < np; d++)
+                sum[d] += p * fm_plain_load(kv->format, kv->v, t * hd + p0 + d);
         }
+        for (int64_t d = 0; d < np; d++)
+            out[p0 + d] = (float)sum[d];
+    }
+    out[fm_attn_part_floats(hd) - 16] = (float)top;
+    out[fm_attn_part_floats(hd) - 15] = (float)total;
+}
+
+static void attend_part_ref(const fm_attn_args *a, int64_t r0, int64_t r1, int64_t kv_head, const fm_kv_head *kv,
+                            int64_t n_before, int64_t part, float *out)
+{
+    const int64_t n = (r1 - r0) * (a->n_heads / a->n_kv_heads), t0 = part * FM_ATTN_PART;
+    for (int64_t i = 0; i < n; i++) {
+        const query q = query_at(a, r0, kv_head, n_before, i);
+        const int64_t t1 = q.n_pos < t0 + FM_ATTN_PART ? q.n_pos : t0 + FM_ATTN_PART;
+        if (t1 > t0)
+            attend_span(a, q.q, kv, t0, t1, out + i * fm_attn_part_floats(a->head_dim));
     }
 }
 
-static void attend_rows_ref(const fm_attn_args *a, int64_t r0, int64_t r1, int64_t kv_head, const float *K,
-                            const float *V, int64_t n_before)
+/* Adds a part to what q->y holds of the parts before. */
+static void fold(const query *q, int64_t hd, const float *part, double *top, double *total)
 {
-    for (int64_t r = r0; r < r1; r++)
-        attend_ref(a, r, kv_head, K, V, n_before + r + 1);
+    const int64_t at = fm_attn_part_floats(hd) - 16;
+    const double now = fmax(*top, part[at]), keep = exp(*top - now), add = exp(part[at] - now);
+    for (int64_t d = 0; d < hd; d++)
+        q->y[d] = (float)(q->y[d] * keep + part[d] * add);
+    *total = *total * keep + part[at + 1] * add;
+    *top = now;
+}
+
+static void finish(const query *q, int64_t hd, double total)
+{
+    for (int64_t d = 0; d < hd; d++)
+        q->y[d] = (float)(q->y[d] / total * (q->gate ? sigmoid(q->gate[d]) : 1));
+}
+
+static void attend_merge_ref(const fm_attn_args *a, int64_t r0, int64_t r1, int64_t kv_head, int64_t n_before,
+                             const float *parts, int64_t stride)
+{
+    const int64_t n = (r1 - r0) * (a->n_heads / a->n_kv_heads), hd = a->head_dim;
+    for (int64_t i = 0; i < n; i++) {
+        const query q = query_at(a, r0, kv_head, n_before, i);
+        double top = -INFINITY, total = 0;
+        memset(q.y, 0, (size_t)hd * sizeof *q.y);
+        for (int64_t p = 0; p * FM_ATTN_PART < q.n_pos; p++)
+            fold(&q, hd, parts + p * stride + i * fm_attn_part_floats(hd), &top, &total);
+        finish(&q, hd, total);
+    }
+}
+
+static void attend_rows_ref(const fm_attn_args *a, int64_t r0, int64_t r1, int64_t kv_head, const fm_kv_head *kv,
+                            int64_t n_before, float *scratch)
+{
+    const int64_t n = (r1 - r0) * (a->n_heads / a->n_kv_heads), hd = a->head_dim;
+    for (int64_t i = 0; i < n; i++) {
+        const query q = query_at(a, r0, kv_head, n_before, i);
+        double top = -INFINITY, total = 0;
+        memset(q.y, 0, (size_t)hd * sizeof *q.y);
+        for (int64_t t = 0; t < q.n_pos; t += FM_ATTN_PART) {
+            attend_span(a, q.q, kv, t, q.n_pos < t + FM_ATTN_PART ? q.n_pos : t + FM_ATTN_PART, scratch);
+            fold(&q, hd, scratch, &top, &total);
+        }
+        finish(&q, hd, total);
+    }
 }
 
 static void conv_silu_ref(const float *m, int64_t ldm, const float *w, int64_t kern, const float *hist_in,
@@ -317,8 +384,10 @@ void fm_kernels_overlay_ref(fm_kernels *k)
     k->swiglu = swiglu_ref;
     k->axpy = axpy_ref;
     k->rope = rope_ref;
-    k->attend = attend_ref;
+    k->kv_store = kv_store_ref;
     k->attend_rows = attend_rows_ref;
+    k->attend_part = attend_part_ref;
+    k->attend_merge = attend_merge_ref;
     k->conv_silu = conv_silu_ref;
     k->delta_scratch = delta_scratch_ref;
     k->delta = delta_ref;

@@ -8,7 +8,9 @@
 
 /* Per ISA: vf_fma(a, b, c) = a*b + c in one rounding; vf_max (of two numbers); vf_round_i (to nearest even);
  * vi_dp(acc, u, s, wide): lane += sum of 4 products u8 * s8 (wide: u may be 64 or more; VI_DP_SPLITS tells whether it
- * matters); v_plane(d, planes, p): codes p of every byte; vi_hadd(a, b): sums of neighbours, a's then b's; vi_quad: in vec_avx512.h; v_transpose(d): d[i] lane r <- d[r] lane i; vh_load_part, vu_load_part; vf_from_f16, vf_from_u8: VL numbers;
+ * matters); v_plane(d, planes, p): codes p of every byte; vi_hadd(a, b): sums of neighbours, a's then b's; vi_quad: in
+ * vec_avx512.h; v_transpose(d): d[i] lane r <- d[r] lane i; vh_load_part, vu_load_part; vf_from_f16, vf_from_bf16,
+ * vf_from_u8, vf_to_f16 (to nearest even): VL numbers;
  * v_cut_make(bits), v_unpack: VB codes. */
 #if FM_VEC_ISA == FM_VEC_AVX512
 #include "cpu/vec_avx512.h"
@@ -20,11 +22,12 @@
 #include "cpu/vec_portable.h"
 #endif
 
-FM_INLINE vf vf_from_bf16(const void *p)
+/* To nearest even; NaN stays NaN, infinity infinity. */
+FM_INLINE vh vf_to_bf16(vf x)
 {
-    vh h;
-    memcpy(&h, p, sizeof h);
-    return (vf)(__builtin_convertvector(h, vu) << 16);
+    const vu a = (vu)x;
+    const vu r = (vu)vf_select(x == x, (vf)((a + 0x7fff + ((a >> 16) & 1)) >> 16), (vf)(a >> 16 | 0x40));
+    return __builtin_convertvector(r, vh);
 }
 
 /* Sum of lanes by a fixed tree: (lane i) + (lane i + w/2), halving. */
@@ -43,14 +46,20 @@ FM_INLINE float vf_sum(vf v)
     return v[0] + v[1];
 }
 
+/* The largest lane; no lane may be NaN. */
 FM_INLINE float vf_top(vf v)
 {
-    float a[VL];
-    vf_store(a, v);
-    float m = a[0];
-    for (int i = 1; i < VL; i++)
-        m = a[i] > m ? a[i] : m;
-    return m;
+#if VB == 64
+    v = vf_max(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+    v = vf_max(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+    v = vf_max(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+#elif VB == 32
+    v = vf_max(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3));
+    v = vf_max(v, __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5));
+#else
+    v = vf_max(v, __builtin_shufflevector(v, v, 2, 3, 0, 1));
+#endif
+    return v[0] > v[1] ? v[0] : v[1];
 }
 
 /* e^x: |error| <= 2 ulp for -87.3 <= x <= 88.7; 0 below (no denormals), +inf above, NaN stays NaN.

@@ -1,8 +1,9 @@
-/* Owns: attention over vec.h, with online softmax over tiles of ATTN_TILE positions that start at multiples of it, so
- * a query's result does not depend on which other queries are in the call. A "query" is one head of one row; all
- * queries of a call read the same KV head.
- *   scores: lanes = positions. VL rows of K are transposed to [dim][position] in L1 and used by all queries.
- *   values: lanes = dims. Sums of p * V live in the output row, f32; a tile adds its positions in rising order. */
+/* Owns: attention over vec.h, with online softmax over tiles of ATTN_TILE positions that start at multiples of it, in
+ * parts of FM_ATTN_PART that are summed apart and then put together in order. So a query's result depends neither on
+ * which other queries are in the call nor on who computes which part. A "query" is one head of one row; all queries of
+ * a call read the same KV head.
+ *   scores: lanes = positions. Rows of K are transposed to [dim][position] in L1 and used by all queries.
+ *   values: lanes = dims. Sums of p * V are f32; a tile adds its positions in rising order. */
 #ifndef FM_CPU_VEC_ATTN_H
 #define FM_CPU_VEC_ATTN_H
 
@@ -10,81 +11,136 @@
 #include "cpu/vec.h"
 
 enum {
-    ATTN_TILE = 64,   /* positions; a multiple of VL */
-    ATTN_DIMS = 512,  /* dims transposed at a time */
-    ATTN_MAX = 128,   /* queries per pass over K and V */
-    ATTN_QB = FM_VEC_ISA == FM_VEC_AVX2 ? 4 : 8, /* queries per block of scores */
+    ATTN_TILE = 64,   /* positions; a multiple of ATTN_PV * VL */
+    ATTN_DIMS = 128,  /* dims transposed at a time */
+    ATTN_MAX = FM_ATTN_QUERIES,
+    ATTN_QB = FM_VEC_ISA == FM_VEC_AVX2 ? 4 : 8, /* queries, and vectors of positions, per block of scores */
+    ATTN_PV = 2,
     ATTN_VB = FM_VEC_ISA == FM_VEC_AVX2 ? 2 : 4, /* queries, and vectors, per block of values */
+    ATTN_FEW = 8,     /* queries up to which V is used where it lies */
 };
 
 typedef struct attn_query {
     const float *q, *gate;
-    float *y;
+    float *y;    /* the row's output, and the sum of the parts so far */
+    float *part; /* of the present part: unnormalised output, then at `at` its maximum and total */
     int64_t n_pos;
     float top, total; /* running maximum and sum of exp(score - maximum) */
 } attn_query;
 
-/* kt[d][lane] = K[t + lane][d] for d < hd; lanes past the end repeat the last position. */
-FM_INLINE void attn_transpose(const float *K, int64_t hd, int64_t t, int64_t n_pos, int64_t d0, int64_t nd, float *kt)
+/* VL numbers of K or V from element i; plain is a constant. */
+FM_INLINE vf attn_get(const void *p, int64_t i, fm_quant plain)
 {
-    for (int64_t d = d0; d < d0 + nd; d += VL) {
-        vu r[VL];
-        const int64_t part = d0 + nd - d < VL ? d0 + nd - d : VL;
-#pragma GCC unroll 16
-        for (int i = 0; i < VL; i++) {
-            const float *p = K + (t + i < n_pos ? t + i : n_pos - 1) * hd + d;
-            r[i] = part == VL ? vu_load(p) : vu_load_part(p, part);
-        }
-        v_transpose(r);
-#pragma GCC unroll 16
-        for (int i = 0; i < VL; i++)
-            vu_store(kt + (d - d0 + i) * VL, r[i]);
-    }
+    const uint8_t *at = (const uint8_t *)p + i * (plain == FM_QUANT_F32 ? 4 : 2);
+    return plain == FM_QUANT_F32 ? vf_load(at) : plain == FM_QUANT_F16 ? vf_from_f16(at) : vf_from_bf16(at);
 }
 
-/* s[i] += sum_d q[i][d] * kt[d] over nd dims; Q is a constant. */
-FM_INLINE void attn_dot(const attn_query *q, const float *kt, int64_t d0, int64_t nd, float *s, int64_t lds, int Q)
+FM_INLINE vf attn_get_part(const void *p, int64_t i, int64_t n, fm_quant plain)
 {
-    vf acc[ATTN_QB];
+    const uint8_t *at = (const uint8_t *)p + i * (plain == FM_QUANT_F32 ? 4 : 2);
+    if (plain == FM_QUANT_F32)
+        return (vf)vu_load_part(at, n);
+    const vh h = vh_load_part(at, n);
+    return plain == FM_QUANT_F16 ? vf_from_f16(&h) : vf_from_bf16(&h);
+}
+
+/* kt[d][lane] = K[t + lane][d0 + d], ATTN_PV * VL lanes; lanes past the end repeat the last position. */
+FM_INLINE void attn_transpose(const void *K, int64_t hd, int64_t t, int64_t n_pos, int64_t d0, int64_t nd, float *kt,
+                              fm_quant plain)
+{
+    for (int v = 0; v < ATTN_PV; v++)
+        for (int64_t d = 0; d < nd; d += VL) {
+            vu r[VL];
+            const int64_t part = nd - d < VL ? nd - d : VL;
+#pragma GCC unroll 16
+            for (int i = 0; i < VL; i++) {
+                const int64_t row = t + v * VL + i < n_pos ? t + v * VL + i : n_pos - 1;
+                r[i] = (vu)(part == VL ? attn_get(K, row * hd + d0 + d, plain)
+                                       : attn_get_part(K, row * hd + d0 + d, part, plain));
+            }
+            v_transpose(r);
+#pragma GCC unroll 16
+            for (int i = 0; i < VL; i++)
+                vu_store(kt + ((d + i) * ATTN_PV + v) * VL, r[i]);
+        }
+}
+
+/* Starts reading what comes next. A little at a time between the sums: in one go it would fill the line buffers and
+ * wait. */
+FM_INLINE void attn_fetch(const uint8_t *p, int64_t bytes)
+{
+    for (int64_t b = 0; b < bytes; b += 64)
+        __builtin_prefetch(p + b, 0, 2);
+}
+
+/* s[i] += sum_d q[i][d] * kt[d] over nd dims; Q is a constant. Fetches `bytes` per dim from next on. */
+FM_INLINE void attn_dot(const attn_query *q, const float *kt, int64_t d0, int64_t nd, float *s, int Q,
+                        const uint8_t *next, int64_t bytes)
+{
+    vf acc[ATTN_QB][ATTN_PV];
+    const float *x[ATTN_QB];
 #pragma GCC unroll 8
-    for (int i = 0; i < Q; i++)
-        acc[i] = vf_load(s + i * lds);
+    for (int i = 0; i < Q; i++) {
+        x[i] = q[i].q + d0;
+#pragma GCC unroll 2
+        for (int v = 0; v < ATTN_PV; v++)
+            acc[i][v] = vf_load(s + i * ATTN_TILE + v * VL);
+    }
     for (int64_t d = 0; d < nd; d++) {
-        const vf k = vf_load(kt + d * VL);
+        vf k[ATTN_PV];
+#pragma GCC unroll 2
+        for (int v = 0; v < ATTN_PV; v++)
+            k[v] = vf_load(kt + (d * ATTN_PV + v) * VL);
+        attn_fetch(next + d * bytes, bytes);
 #pragma GCC unroll 8
-        for (int i = 0; i < Q; i++)
-            acc[i] = vf_fma(vf_set(q[i].q[d0 + d]), k, acc[i]);
+        for (int i = 0; i < Q; i++) {
+            const vf one = vf_set(x[i][d]);
+#pragma GCC unroll 2
+            for (int v = 0; v < ATTN_PV; v++)
+                acc[i][v] = vf_fma(one, k[v], acc[i][v]);
+        }
     }
 #pragma GCC unroll 8
     for (int i = 0; i < Q; i++)
-        vf_store(s + i * lds, acc[i]);
+#pragma GCC unroll 2
+        for (int v = 0; v < ATTN_PV; v++)
+            vf_store(s + i * ATTN_TILE + v * VL, acc[i][v]);
 }
 
 /* Scores of one tile (before scale): s[query][position in tile]. */
-FM_INLINE void attn_scores(const attn_query *q, int64_t nq, const float *K, const float *V, int64_t hd, int64_t t0,
-                           int64_t n_pos, float (*s)[ATTN_TILE])
+FM_INLINE void attn_scores(const attn_query *q, int64_t nq, const fm_kv_head *kv, int64_t hd, int64_t t0, int64_t n_pos,
+                           float (*s)[ATTN_TILE], fm_quant plain)
 {
-    _Alignas(64) float kt[ATTN_DIMS * VL];
+    _Alignas(64) float kt[ATTN_DIMS * ATTN_PV * VL];
+    const int64_t step = ATTN_PV * VL, size = plain == FM_QUANT_F32 ? 4 : 2;
     memset(s, 0, (size_t)nq * sizeof *s);
-    for (int64_t t = t0; t < t0 + ATTN_TILE && t < n_pos; t += VL)
+    for (int64_t t = t0; t < t0 + ATTN_TILE && t < n_pos; t += step)
         for (int64_t d = 0; d < hd; d += ATTN_DIMS) {
             const int64_t nd = hd - d < ATTN_DIMS ? hd - d : ATTN_DIMS;
+            const uint8_t *next = (const uint8_t *)kv->k + ((t + step) * hd + d * step) * size;
             int64_t i = 0;
-            for (int64_t b = 0; b < VL * nd; b += 16) { /* what comes next: K behind this block, V of this block */
-                __builtin_prefetch(K + (t + VL) * hd + d * VL + b, 0, 2);
-                __builtin_prefetch(V + t * hd + d * VL + b, 0, 2);
-            }
-            attn_transpose(K, hd, t, n_pos, d, nd, kt);
+            attn_transpose(kv->k, hd, t, n_pos, d, nd, kt, plain);
+            if (nq >= ATTN_QB)
+                attn_dot(q, kt, d, nd, s[0] + t - t0, ATTN_QB, next, step * size), i = ATTN_QB;
             for (; i + ATTN_QB <= nq; i += ATTN_QB)
-                attn_dot(q + i, kt, d, nd, s[i] + t - t0, ATTN_TILE, ATTN_QB);
+                attn_dot(q + i, kt, d, nd, s[i] + t - t0, ATTN_QB, next, 0);
             for (; i + 2 <= nq; i += 2)
-                attn_dot(q + i, kt, d, nd, s[i] + t - t0, ATTN_TILE, 2);
+                attn_dot(q + i, kt, d, nd, s[i] + t - t0, 2, next, i == 0 ? step * size : 0);
             for (; i < nq; i++)
-                attn_dot(q + i, kt, d, nd, s[i] + t - t0, ATTN_TILE, 1);
+                attn_dot(q + i, kt, d, nd, s[i] + t - t0, 1, next, i == 0 ? step * size : 0);
         }
 }
 
-/* Scores to weights exp(score - top) of the tile's first `have` positions, the others 0; rescales the output so far. */
+FM_INLINE void attn_scale(float *y, int64_t n, vf by)
+{
+    int64_t d = 0;
+    for (; d + VL <= n; d += VL)
+        vf_store(y + d, vf_load(y + d) * by);
+    if (d < n)
+        vf_store_part(y + d, vf_load_part(y + d, n - d) * by, n - d);
+}
+
+/* Scores to weights exp(score - top) of the tile's first `have` positions, the others 0; rescales the part so far. */
 FM_INLINE void attn_softmax(attn_query *q, float *s, int64_t have, float scale, int64_t hd)
 {
     int32_t lane[VL];
@@ -109,60 +165,50 @@ FM_INLINE void attn_softmax(attn_query *q, float *s, int64_t have, float scale, 
     }
     if (now > q->top) {
         const vf shrink = vf_exp(vf_set(q->top) - shift); /* first tile: e^-inf = 0 */
-        for (int64_t d = 0; d < hd; d += VL) {
-            if (d + VL <= hd)
-                vf_store(q->y + d, vf_load(q->y + d) * shrink);
-            else
-                vf_store_part(q->y + d, vf_load_part(q->y + d, hd - d) * shrink, hd - d);
-        }
+        attn_scale(q->part, hd, shrink);
         q->total *= shrink[0];
         q->top = now;
     }
     q->total += vf_sum(total);
 }
 
-/* y[i] += sum_t p[i][t] * V[t] over the tile's first n positions; dims d .. d + NV*VL. Q, NV are constants. */
-FM_INLINE void attn_values(const attn_query *q, const float (*p)[ATTN_TILE], const float *V, int64_t hd, int64_t d,
-                           int64_t n, int Q, int NV, int64_t part)
+/* part[i] += sum_t p[i][t] * V[t] over the tile's first n positions; dims d .. d + NV*VL, which begin at element `at` of
+ * V's first row, rows ld apart. Q, NV, plain are constants; part < VL only with NV = 1. fetch: the next tile as well. */
+FM_INLINE void attn_values(const attn_query *q, const float (*p)[ATTN_TILE], const void *V, int64_t at, int64_t ld,
+                           int64_t d, int64_t n, int Q, int NV, int64_t part, fm_quant plain, bool fetch)
 {
     vf acc[ATTN_VB][4];
+    const float *w = p[0];
+    const int64_t size = plain == FM_QUANT_F32 ? 4 : 2;
 #pragma GCC unroll 4
     for (int i = 0; i < Q; i++)
 #pragma GCC unroll 4
         for (int x = 0; x < NV; x++)
-            acc[i][x] = part == VL ? vf_load(q[i].y + d + x * VL) : vf_load_part(q[i].y + d, part);
-    for (int64_t t = 0; t < n; t++) {
+            acc[i][x] = part == VL ? vf_load(q[i].part + d + x * VL) : vf_load_part(q[i].part + d, part);
+    for (int64_t t = 0; t < n; t++, w++) {
         vf v[4];
+        if (fetch)
+            attn_fetch((const uint8_t *)V + (at + (t + ATTN_TILE) * ld) * size, NV * VL * size);
 #pragma GCC unroll 4
         for (int x = 0; x < NV; x++)
-            v[x] = part == VL ? vf_load(V + t * hd + d + x * VL) : vf_load_part(V + t * hd + d, part);
+            v[x] = part == VL ? attn_get(V, at + t * ld + x * VL, plain) : attn_get_part(V, at + t * ld, part, plain);
 #pragma GCC unroll 4
-        for (int i = 0; i < Q; i++)
+        for (int i = 0; i < Q; i++) {
+            const vf one = vf_set(w[i * ATTN_TILE]);
 #pragma GCC unroll 4
             for (int x = 0; x < NV; x++)
-                acc[i][x] = vf_fma(vf_set(p[i][t]), v[x], acc[i][x]);
+                acc[i][x] = vf_fma(one, v[x], acc[i][x]);
+        }
     }
 #pragma GCC unroll 4
     for (int i = 0; i < Q; i++)
 #pragma GCC unroll 4
         for (int x = 0; x < NV; x++) {
             if (part == VL)
-                vf_store(q[i].y + d + x * VL, acc[i][x]);
+                vf_store(q[i].part + d + x * VL, acc[i][x]);
             else
-                vf_store_part(q[i].y + d, acc[i][x], part);
+                vf_store_part(q[i].part + d, acc[i][x], part);
         }
-}
-
-FM_INLINE void attn_values_block(const attn_query *q, const float (*p)[ATTN_TILE], const float *V, int64_t hd,
-                                 int64_t n, int Q)
-{
-    int64_t d = 0;
-    for (; d + ATTN_VB * VL <= hd; d += ATTN_VB * VL)
-        attn_values(q, p, V, hd, d, n, Q, ATTN_VB, VL);
-    for (; d + VL <= hd; d += VL)
-        attn_values(q, p, V, hd, d, n, Q, 1, VL);
-    if (d < hd)
-        attn_values(q, p, V, hd, d, n, Q, 1, hd - d);
 }
 
 FM_INLINE int64_t attn_have(const attn_query *q, int64_t t0)
@@ -170,78 +216,232 @@ FM_INLINE int64_t attn_have(const attn_query *q, int64_t t0)
     return q->n_pos - t0 < 0 ? 0 : q->n_pos - t0 < ATTN_TILE ? q->n_pos - t0 : ATTN_TILE;
 }
 
-/* nq <= ATTN_MAX queries by rising n_pos: one pass over K and V. */
-static __attribute__((unused, noinline)) void attn_run(attn_query *q, int64_t nq, const float *K, const float *V,
-                                                       int64_t hd, float scale)
+/* A column block of V for all queries. */
+FM_INLINE void attn_columns(const attn_query *q, int64_t nq, const float (*p)[ATTN_TILE], const void *V, int64_t at,
+                            int64_t ld, int64_t d, int64_t t0, int NV, int64_t part, fm_quant plain, bool fetch)
+{
+    for (int64_t i = 0; i < nq;) {
+        const int64_t have = attn_have(&q[i], t0);
+        if (i + ATTN_VB <= nq && attn_have(&q[i + ATTN_VB - 1], t0) == have) {
+            attn_values(q + i, p + i, V, at, ld, d, have, ATTN_VB, NV, part, plain, fetch && i == 0);
+            i += ATTN_VB;
+        } else {
+            attn_values(q + i, p + i, V, at, ld, d, have, 1, NV, part, plain, fetch && i == 0);
+            i++;
+        }
+    }
+}
+
+/* Adds the tile's values. For many queries a column block is decoded once, and lies together in L1: in place its rows
+ * would fall into few cache sets. */
+FM_INLINE void attn_tile_values(const attn_query *q, int64_t nq, const float (*p)[ATTN_TILE], const fm_kv_head *kv,
+                                int64_t hd, int64_t t0, fm_quant plain)
+{
+    _Alignas(64) float v[ATTN_TILE * ATTN_VB * VL];
+    const int64_t n = attn_have(&q[nq - 1], t0), width = ATTN_VB * VL, size = plain == FM_QUANT_F32 ? 4 : 2;
+    int64_t d = 0;
+    for (; d + width <= hd; d += width) {
+        if (nq <= ATTN_FEW) {
+            attn_columns(q, nq, p, kv->v, t0 * hd + d, hd, d, t0, ATTN_VB, VL, plain, true);
+            continue;
+        }
+        for (int64_t t = 0; t < n; t++) {
+            attn_fetch((const uint8_t *)kv->v + ((t0 + t + ATTN_TILE) * hd + d) * size, width * size);
+#pragma GCC unroll 4
+            for (int x = 0; x < ATTN_VB; x++)
+                vf_store(v + t * width + x * VL, attn_get(kv->v, (t0 + t) * hd + d + x * VL, plain));
+        }
+        attn_columns(q, nq, p, v, 0, width, d, t0, ATTN_VB, VL, FM_QUANT_F32, false);
+    }
+    for (; d + VL <= hd; d += VL)
+        attn_columns(q, nq, p, kv->v, t0 * hd + d, hd, d, t0, 1, VL, plain, false);
+    if (d < hd)
+        attn_columns(q, nq, p, kv->v, t0 * hd + d, hd, d, t0, 1, hd - d, plain, false);
+}
+
+/* nq <= ATTN_MAX queries by rising n_pos over positions t0 .. t0 + FM_ATTN_PART: one pass over K and V. */
+FM_INLINE void attn_part(attn_query *q, int64_t nq, const fm_kv_head *kv, int64_t t0, int64_t hd, float scale,
+                         fm_quant plain)
 {
     _Alignas(64) float s[ATTN_MAX][ATTN_TILE];
-    const int64_t n_pos = q[nq - 1].n_pos;
+    const int64_t all = q[nq - 1].n_pos, end = all < t0 + FM_ATTN_PART ? all : t0 + FM_ATTN_PART;
     for (int64_t i = 0; i < nq; i++) {
         q[i].top = -INFINITY;
         q[i].total = 0;
-        memset(q[i].y, 0, (size_t)hd * sizeof *q[i].y);
+        memset(q[i].part, 0, (size_t)hd * sizeof *q[i].part);
     }
-    for (int64_t t0 = 0, first = 0; t0 < n_pos; t0 += ATTN_TILE) {
+    for (int64_t first = 0; t0 < end; t0 += ATTN_TILE) {
         while (q[first].n_pos <= t0) /* queries that end before this tile */
             first++;
         attn_query *live = q + first;
         const int64_t n = nq - first;
-        attn_scores(live, n, K, V, hd, t0, n_pos, s);
+        attn_scores(live, n, kv, hd, t0, end, s, plain);
         for (int64_t i = 0; i < n; i++)
             attn_softmax(&live[i], s[i], attn_have(&live[i], t0), scale, hd);
-        for (int64_t i = 0; i < n;) {
-            const int64_t have = attn_have(&live[i], t0);
-            if (i + ATTN_VB <= n && attn_have(&live[i + ATTN_VB - 1], t0) == have) {
-                attn_values_block(live + i, (const float (*)[ATTN_TILE])s + i, V + t0 * hd, hd, have, ATTN_VB);
-                i += ATTN_VB;
-            } else {
-                attn_values_block(live + i, (const float (*)[ATTN_TILE])s + i, V + t0 * hd, hd, have, 1);
-                i++;
-            }
-        }
+        attn_tile_values(live, n, (const float (*)[ATTN_TILE])s, kv, hd, t0, plain);
     }
+    const int64_t at = fm_attn_part_floats(hd) - 16;
     for (int64_t i = 0; i < nq; i++) {
-        const vf inv = vf_set(1 / q[i].total);
-        for (int64_t d = 0; d < hd; d += VL) {
-            const int64_t part = hd - d < VL ? hd - d : VL;
-            vf y = vf_load_part(q[i].y + d, part) * inv;
-            if (q[i].gate != NULL)
-                y *= vf_sigmoid(vf_load_part(q[i].gate + d, part));
-            vf_store_part(q[i].y + d, y, part);
-        }
+        q[i].part[at] = q[i].top;
+        q[i].part[at + 1] = q[i].total;
     }
 }
 
-FM_STATIC void attend_rows_vec(const fm_attn_args *a, int64_t r0, int64_t r1, int64_t kv_head, const float *K,
-                               const float *V, int64_t n_before)
+#define ATTN_FORMATS(X) X(F32) X(F16) X(BF16)
+#define ATTN_PART(ID)                                                                              \
+    static __attribute__((unused, noinline)) void attn_part_##ID(                                  \
+        attn_query *q, int64_t nq, const fm_kv_head *kv, int64_t t0, int64_t hd, float scale)      \
+    {                                                                                              \
+        attn_part(q, nq, kv, t0, hd, scale, FM_QUANT_##ID);                                        \
+    }
+ATTN_FORMATS(ATTN_PART)
+#undef ATTN_PART
+
+/* The queries that reach position t0; they are the last ones. */
+FM_INLINE void attn_part_any(attn_query *q, int64_t nq, const fm_kv_head *kv, int64_t t0, int64_t hd, float scale)
+{
+    while (nq > 0 && q->n_pos <= t0)
+        q++, nq--;
+    if (nq == 0)
+        return;
+    switch (kv->format) {
+#define ATTN_CASE(ID)                                                                              \
+    case FM_QUANT_##ID: attn_part_##ID(q, nq, kv, t0, hd, scale); break;
+        ATTN_FORMATS(ATTN_CASE)
+#undef ATTN_CASE
+    default: break; /* the engine lets no other format come here */
+    }
+}
+
+/* y, total = what was so far and a part more. top and total are q's own here. */
+FM_INLINE void attn_fold(attn_query *q, const float *part, int64_t hd)
+{
+    const int64_t at = fm_attn_part_floats(hd) - 16;
+    const float now = part[at] > q->top ? part[at] : q->top, shift = now == -INFINITY ? 0 : now;
+    const vf keep = vf_exp(vf_set(q->top - shift)), add = vf_exp(vf_set(part[at] - shift));
+    int64_t d = 0;
+    for (; d + VL <= hd; d += VL)
+        vf_store(q->y + d, vf_fma(vf_load(part + d), add, vf_load(q->y + d) * keep));
+    if (d < hd)
+        vf_store_part(q->y + d, vf_fma(vf_load_part(part + d, hd - d), add, vf_load_part(q->y + d, hd - d) * keep),
+                      hd - d);
+    q->total = q->total * keep[0] + part[at + 1] * add[0];
+    q->top = now;
+}
+
+FM_INLINE void attn_begin(attn_query *q, int64_t hd)
+{
+    q->top = -INFINITY;
+    q->total = 0;
+    memset(q->y, 0, (size_t)hd * sizeof *q->y);
+}
+
+FM_INLINE void attn_finish(const attn_query *q, int64_t hd)
+{
+    const vf inv = vf_set(1 / q->total);
+    int64_t d = 0;
+    for (; d + VL <= hd; d += VL) {
+        const vf y = vf_load(q->y + d) * inv;
+        vf_store(q->y + d, q->gate ? y * vf_sigmoid(vf_load(q->gate + d)) : y);
+    }
+    if (d < hd) {
+        const vf y = vf_load_part(q->y + d, hd - d) * inv;
+        vf_store_part(q->y + d, q->gate ? y * vf_sigmoid(vf_load_part(q->gate + d, hd - d)) : y, hd - d);
+    }
+}
+
+/* Queries from .. from + at most ATTN_MAX of rows r0 <= r < r1, rows first, then the KV head's heads. */
+FM_INLINE int64_t attn_gather(const fm_attn_args *a, int64_t r0, int64_t r1, int64_t kv_head, int64_t n_before,
+                              int64_t from, attn_query *q)
+{
+    const int64_t per = a->n_heads / a->n_kv_heads, all = (r1 - r0) * per - from;
+    const int64_t n = all < ATTN_MAX ? all : ATTN_MAX;
+    int64_t r = r0 + from / per, h = from % per;
+    for (int64_t i = 0; i < n; i++) {
+        const int64_t at = r * a->ld_q + (kv_head * per + h) * a->ld_q_head;
+        q[i] = (attn_query){.q = a->q + at,
+                            .gate = a->gate ? a->gate + at : NULL,
+                            .y = a->y + r * a->ld_y + (kv_head * per + h) * a->head_dim,
+                            .n_pos = n_before + r + 1};
+        h = h + 1 < per ? h + 1 : 0;
+        r += h == 0;
+    }
+    return n;
+}
+
+FM_STATIC void attend_rows_vec(const fm_attn_args *a, int64_t r0, int64_t r1, int64_t kv_head, const fm_kv_head *kv,
+                               int64_t n_before, float *scratch)
+{
+    attn_query q[ATTN_MAX], run[ATTN_MAX];
+    const int64_t all = (r1 - r0) * (a->n_heads / a->n_kv_heads), hd = a->head_dim, ld = fm_attn_part_floats(hd);
+    for (int64_t from = 0; from < all; from += ATTN_MAX) {
+        const int64_t n = attn_gather(a, r0, r1, kv_head, n_before, from, q);
+        for (int64_t i = 0; i < n; i++) {
+            attn_begin(&q[i], hd);
+            q[i].part = scratch + i * ld;
+        }
+        for (int64_t t0 = 0; t0 < q[n - 1].n_pos; t0 += FM_ATTN_PART) {
+            memcpy(run, q, (size_t)n * sizeof *q); /* a part has a maximum and a total of its own */
+            attn_part_any(run, n, kv, t0, hd, a->scale);
+            for (int64_t i = 0; i < n; i++)
+                if (q[i].n_pos > t0)
+                    attn_fold(&q[i], q[i].part, hd);
+        }
+        for (int64_t i = 0; i < n; i++)
+            attn_finish(&q[i], hd);
+    }
+}
+
+FM_STATIC void attend_part_vec(const fm_attn_args *a, int64_t r0, int64_t r1, int64_t kv_head, const fm_kv_head *kv,
+                               int64_t n_before, int64_t part, float *out)
 {
     attn_query q[ATTN_MAX];
-    const int64_t per = a->n_heads / a->n_kv_heads;
-    int64_t n = 0;
-    for (int64_t r = r0; r < r1; r++)
-        for (int64_t h = kv_head * per; h < (kv_head + 1) * per; h++) {
-            const int64_t at = r * a->ld_q + h * a->ld_q_head;
-            q[n++] = (attn_query){.q = a->q + at,
-                                  .gate = a->gate ? a->gate + at : NULL,
-                                  .y = a->y + r * a->ld_y + h * a->head_dim,
-                                  .n_pos = n_before + r + 1};
-            if (n == ATTN_MAX || (r + 1 == r1 && h + 1 == (kv_head + 1) * per)) {
-                attn_run(q, n, K, V, a->head_dim, a->scale);
-                n = 0;
-            }
-        }
+    const int64_t all = (r1 - r0) * (a->n_heads / a->n_kv_heads), ld = fm_attn_part_floats(a->head_dim);
+    for (int64_t from = 0; from < all; from += ATTN_MAX) {
+        const int64_t n = attn_gather(a, r0, r1, kv_head, n_before, from, q);
+        for (int64_t i = 0; i < n; i++)
+            q[i].part = out + (from + i) * ld;
+        attn_part_any(q, n, kv, part * FM_ATTN_PART, a->head_dim, a->scale);
+    }
 }
 
-FM_STATIC void attend_vec(const fm_attn_args *a, int64_t row, int64_t kv_head, const float *K, const float *V,
-                          int64_t n_pos)
+FM_STATIC void attend_merge_vec(const fm_attn_args *a, int64_t r0, int64_t r1, int64_t kv_head, int64_t n_before,
+                                const float *parts, int64_t stride)
 {
-    attend_rows_vec(a, row, row + 1, kv_head, K, V, n_pos - 1 - row);
+    attn_query q[ATTN_MAX];
+    const int64_t all = (r1 - r0) * (a->n_heads / a->n_kv_heads), hd = a->head_dim, ld = fm_attn_part_floats(hd);
+    for (int64_t from = 0; from < all; from += ATTN_MAX) {
+        const int64_t n = attn_gather(a, r0, r1, kv_head, n_before, from, q);
+        for (int64_t i = 0; i < n; i++) {
+            attn_begin(&q[i], hd);
+            for (int64_t p = 0; p * FM_ATTN_PART < q[i].n_pos; p++)
+                attn_fold(&q[i], parts + p * stride + (from + i) * ld, hd);
+            attn_finish(&q[i], hd);
+        }
+    }
+}
+
+FM_STATIC void kv_store_vec(fm_quant format, const float *x, int64_t n, void *out)
+{
+    uint8_t *to = out;
+    if (format == FM_QUANT_F32) {
+        memcpy(to, x, (size_t)n * sizeof *x);
+        return;
+    }
+    for (int64_t i = 0; i < n; i += VL) {
+        const int64_t part = n - i < VL ? n - i : VL;
+        const vf v = part == VL ? vf_load(x + i) : vf_load_part(x + i, part);
+        const vh h = format == FM_QUANT_F16 ? vf_to_f16(v) : vf_to_bf16(v);
+        memcpy(to + 2 * i, &h, part == VL ? sizeof h : (size_t)part * 2);
+    }
 }
 
 FM_STATIC void attn_overlay(fm_kernels *k)
 {
-    k->attend = attend_vec;
+    k->kv_store = kv_store_vec;
     k->attend_rows = attend_rows_vec;
+    k->attend_part = attend_part_vec;
+    k->attend_merge = attend_merge_vec;
 }
 
 #endif

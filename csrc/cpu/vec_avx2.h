@@ -12,6 +12,12 @@ FM_INLINE vf vf_max(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b)
 FM_INLINE vi vf_round_i(vf x) { return (vi)_mm256_cvtps_epi32((__m256)x); }
 
 FM_INLINE vf vf_from_f16(const void *p) { return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p)); }
+FM_INLINE vf vf_from_bf16(const void *p)
+{
+    return (vf)_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)), 16);
+}
+
+FM_INLINE vh vf_to_f16(vf x) { return (vh)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
 /* n <= VL elements, the rest 0; no byte past them is touched. */
 FM_INLINE vh vh_load_part(const void *p, int64_t n)

@@ -12,6 +12,13 @@ FM_INLINE vf vf_max(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b)
 FM_INLINE vi vf_round_i(vf x) { return (vi)_mm512_cvtps_epi32((__m512)x); }
 
 FM_INLINE vf vf_from_f16(const void *p) { return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p)); }
+/* Not __builtin_convertvector: GCC makes two halves of it. */
+FM_INLINE vf vf_from_bf16(const void *p)
+{
+    return (vf)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
+}
+
+FM_INLINE vh vf_to_f16(vf x) { return (vh)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
 /* n <= VL elements, the rest 0; no byte past them is touched. */
 FM_INLINE vh vh_load_part(const void *p, int64_t n)

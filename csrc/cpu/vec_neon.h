@@ -17,6 +17,14 @@ FM_INLINE vf vf_from_f16(const void *p)
     memcpy(&h, p, sizeof h);
     return (vf)vcvt_f32_f16(vreinterpret_f16_u16(h));
 }
+FM_INLINE vf vf_from_bf16(const void *p)
+{
+    uint16x4_t h;
+    memcpy(&h, p, sizeof h);
+    return (vf)vshll_n_u16(h, 16);
+}
+
+FM_INLINE vh vf_to_f16(vf x) { return (vh)vcvt_f16_f32((float32x4_t)x); }
 
 /* n <= VL elements, the rest 0; no byte past them is touched. */
 FM_INLINE vh vh_load_part(const void *p, int64_t n)

@@ -37,6 +37,18 @@ FM_INLINE vf vf_from_f16(const void *p)
     return (vf){fm_f16_to_f32(h[0]), fm_f16_to_f32(h[1]), fm_f16_to_f32(h[2]), fm_f16_to_f32(h[3])};
 }
 
+FM_INLINE vf vf_from_bf16(const void *p)
+{
+    vh h;
+    memcpy(&h, p, sizeof h);
+    return (vf)(__builtin_convertvector(h, vu) << 16);
+}
+
+FM_INLINE vh vf_to_f16(vf x)
+{
+    return (vh){fm_f32_to_f16(x[0]), fm_f32_to_f16(x[1]), fm_f32_to_f16(x[2]), fm_f32_to_f16(x[3])};
+}
+
 FM_INLINE vf vf_from_u8(const uint8_t *p) { return (vf){p[0], p[1], p[2], p[3]}; }
 
 #define VI_DP_SPLITS 0

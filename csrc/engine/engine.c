@@ -10,12 +10,21 @@
 
 /* ---- plan ------------------------------------------------------------------------------------------- */
 
+static fm_status find_kv_format(const char *name, fm_quant *out)
+{
+    if (!fm_quant_find_name(name ? name : "f32", out) || fm_quant_get(*out)->affine)
+        return fm_fail(FM_ERR_ARG, "kv_format '%s' is unknown; there are: f32, f16, bf16", name);
+    return FM_OK;
+}
+
 static fm_status check_opts(const fm_config *c, const fm_engine_opts *o, int64_t *k)
 {
     if (o->context < 1)
         return fm_fail(FM_ERR_ARG, "context is %" PRId64 ", must be at least 1", o->context);
     size_t state_bytes;
-    FM_TRY(fm_state_bytes(c, o->context, &state_bytes));
+    fm_quant kv;
+    FM_TRY(find_kv_format(o->kv_format, &kv));
+    FM_TRY(fm_state_bytes(c, o->context, kv, &state_bytes));
     if (o->max_rows < 1 || o->max_rows > 65536)
         return fm_fail(FM_ERR_ARG, "rows per forward: %" PRId64 ", must be 1 to 65536", o->max_rows);
     if (o->lookahead < 0 || o->lookahead > FM_MAX_TOP_K)
@@ -48,13 +57,17 @@ static fm_status check_model(const fm_engine_model *model)
 fm_status fm_engine_plan_bytes(const fm_engine_model *model, const fm_engine_opts *opts, fm_engine_plan *out)
 {
     int64_t k;
+    fm_quant kv;
     FM_TRY(check_model(model));
     FM_TRY(check_opts(model->config, opts, &k));
+    FM_TRY(find_kv_format(opts->kv_format, &kv));
     fm_engine_plan p = {.experts_per_token = k};
     FM_TRY(fm_weights_bytes(model->desc, &p.trunk_bytes));
-    FM_TRY(fm_state_bytes(model->config, opts->context, &p.state_bytes));
+    FM_TRY(fm_state_bytes(model->config, opts->context, kv, &p.state_bytes));
     p.state_bytes += (size_t)model->config->vocab_size * sizeof(float);
-    FM_TRY(fm_model_scratch_bytes(model->config, k, opts->max_rows, &p.scratch_bytes));
+    const int n_threads = opts->n_threads > 0 ? opts->n_threads : fm_cpu_count();
+    const fm_model_sizes z = {k, opts->max_rows, opts->context, n_threads};
+    FM_TRY(fm_model_scratch_bytes(model->config, &z, &p.scratch_bytes));
     for (int64_t i = 0; i < model->desc->n_expert_layers; i++) {
         const fm_expert_desc *e = &model->desc->experts[i];
         fm_segment seg[FM_MAX_SEGMENTS];
@@ -142,6 +155,10 @@ static fm_status open_parts(fm_engine *e, const fm_engine_model *model, const fm
     FM_TRY(find_numeric(o->numeric, &be.numeric));
     e->numeric = be.numeric;
     FM_TRY(fm_backend_open(&be, &e->be));
+    FM_TRY(find_kv_format(o->kv_format, &e->kv_format));
+    if (e->kv_format != FM_QUANT_F32 && (e->be->v->caps(e->be).kv_formats >> e->kv_format & 1) == 0)
+        return fm_fail(FM_ERR_UNSUPPORTED, "kv_format '%s': the %s backend keeps K and V in f32 only",
+                       fm_quant_get(e->kv_format)->name, e->be->v->name);
     FM_TRY(fm_weights_open(e->desc, e->io, e->be, e->pool, &e->weights));
     if (e->desc->n_expert_layers > 0) {
         if (o->n_slots != 0 && o->n_slots < k)
@@ -249,6 +266,7 @@ fm_status fm_engine_get_info(fm_engine *e, fm_engine_info *out)
         .backend = e->be->v->name,
         .cpu_variant = e->cpu_variant,
         .numeric = numeric_names[e->numeric],
+        .kv_format = fm_quant_get(e->kv_format)->name,
         .io_method = io.method,
         .io_direct = io.direct,
         .verify = e->verify,

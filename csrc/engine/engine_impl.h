@@ -26,6 +26,7 @@ struct fm_engine {
     bool verify;
     const char *cpu_variant;
     fm_numeric numeric;
+    fm_quant kv_format;
     fm_engine_stats stats; /* tokens and their time only */
     /* forward's per-span lists, [max_rows] */
     fm_span *spans;

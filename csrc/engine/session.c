@@ -19,7 +19,7 @@ fm_status fm_session_create(fm_engine *e, int64_t context, fm_session **out)
     if (s == FM_OK)
         s = fm_alloc((size_t)e->model->c.vocab_size * sizeof(float), &logits);
     if (s == FM_OK)
-        s = fm_state_open(&e->model->c, e->be, ctx, &state);
+        s = fm_state_open(&e->model->c, e->be, ctx, e->kv_format, &state);
     if (s != FM_OK) {
         fm_free(logits);
         fm_free(mem);

@@ -70,9 +70,22 @@ static size_t device_bytes(const fm_config *c, int64_t k, int64_t rows, int64_t 
     return measure.used;
 }
 
-/* What the CPU backend keeps for itself: prepared inputs of the widest product, and a sum not yet added. */
-static fm_status cpu_own_bytes(const fm_config *c, int64_t rows, int64_t part_rows, size_t *bytes)
+/* Attention's scratch: a block of queries per thread, or the parts of the positions of few rows. */
+static int64_t attend_floats(const fm_config *c, int64_t rows, int64_t context, int64_t n_threads)
 {
+    const int64_t few = rows < FM_ATTN_FEW_ROWS ? rows : FM_ATTN_FEW_ROWS, blocks = n_threads * FM_ATTN_QUERIES;
+    const int64_t parts = n_threads > 1 ? (context + FM_ATTN_PART - 1) / FM_ATTN_PART : 0;
+    const int64_t queries = parts * few * c->num_attention_heads;
+    return has(c->mixers, c->num_hidden_layers, FM_MIXER_FULL)
+               ? fm_attn_part_floats(c->head_dim) * (blocks > queries ? blocks : queries)
+               : 0;
+}
+
+/* What the CPU backend keeps for itself: prepared inputs of the widest product, and the larger of a sum not yet added
+ * and attention's scratch. */
+static fm_status cpu_own_bytes(const fm_config *c, const fm_model_sizes *z, int64_t part_rows, size_t *bytes)
+{
+    const int64_t rows = z->max_rows;
     const int64_t inputs[] = {c->hidden_size, c->intermediate_size, c->shared_expert_intermediate_size,
                               fm_config_value_dim(c), fm_arch_dim(c, FM_DIM_ATTN)};
     size_t prepared = 0;
@@ -86,12 +99,14 @@ static fm_status cpu_own_bytes(const fm_config *c, int64_t rows, int64_t part_ro
         const size_t parts = kern->act_bytes(part_rows, c->moe_intermediate_size > 0 ? c->moe_intermediate_size : 1);
         prepared = parts > prepared ? parts : prepared;
     }
-    *bytes = prepared + (size_t)(rows * c->hidden_size) * sizeof(float);
+    const int64_t sum = rows * c->hidden_size, attend = attend_floats(c, rows, z->context, z->n_threads);
+    *bytes = prepared + (size_t)(sum > attend ? sum : attend) * sizeof(float);
     return FM_OK;
 }
 
-fm_status fm_model_scratch_bytes(const fm_config *c, int64_t k, int64_t max_rows, size_t *bytes)
+fm_status fm_model_scratch_bytes(const fm_config *c, const fm_model_sizes *z, size_t *bytes)
 {
+    const int64_t k = z->k, max_rows = z->max_rows;
     if (max_rows < 1 || max_rows > (1 << 16))
         return fm_fail(FM_ERR_ARG, "rows per forward: %" PRId64 ", must be 1 to 65536", max_rows);
     host_lists h;
@@ -100,7 +115,7 @@ fm_status fm_model_scratch_bytes(const fm_config *c, int64_t k, int64_t max_rows
     int64_t part_rows;
     size_t own;
     const size_t device = device_bytes(c, k, max_rows, &part_rows);
-    FM_TRY(cpu_own_bytes(c, max_rows, part_rows, &own));
+    FM_TRY(cpu_own_bytes(c, z, part_rows, &own));
     *bytes = device + host.used + own + fm_pipeline_bytes(c, k, max_rows);
     return FM_OK;
 }

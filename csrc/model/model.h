@@ -96,8 +96,13 @@ typedef struct fm_batch {
     const atomic_bool *cancel;   /* or NULL */
 } fm_batch;
 
-/* Device bytes of scratch for max_rows rows; host lists are counted in. */
-fm_status fm_model_scratch_bytes(const fm_config *c, int64_t k, int64_t max_rows, size_t *bytes);
+/* What scratch is sized for. */
+typedef struct fm_model_sizes {
+    int64_t k /* experts per token */, max_rows, context, n_threads;
+} fm_model_sizes;
+
+/* Device bytes of scratch; host lists are counted in, and what the CPU backend keeps. */
+fm_status fm_model_scratch_bytes(const fm_config *c, const fm_model_sizes *z, size_t *bytes);
 
 fm_status fm_model_open(const fm_arch *arch, const fm_config *c, fm_backend *be, const fm_weights *w, fm_experts *e,
                         int64_t k, int64_t max_rows, fm_model **out);

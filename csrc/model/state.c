@@ -1,5 +1,6 @@
-/* Layout of the region: per full layer K then V, [kv heads, capacity, head_dim]; then three equal sets of linear
- * state (two that take turns, one checkpoint), each per linear layer conv then recurrent state. */
+/* Layout of the region: per full layer K then V, [kv heads, capacity, head_dim] in the KV format; from the next cache
+ * line on three equal sets of linear state (two that take turns, one checkpoint), f32, each per linear layer conv then
+ * recurrent state. */
 #include "model/state.h"
 
 #include <inttypes.h>
@@ -12,9 +13,10 @@ enum { SETS = 3, CHECKPOINT = 2 };
 struct fm_state {
     const fm_config *c;
     fm_backend *be;
-    float *region;
+    uint8_t *region;
     size_t bytes;
-    int64_t capacity, kv_floats /* of K or V of one layer */, set_floats, conv_floats, rec_floats;
+    fm_quant kv;
+    int64_t capacity, kv_bytes /* of K or V of one layer */, sets_off, set_floats, conv_floats, rec_floats;
     int32_t index[FM_MAX_LAYERS]; /* among the layers of its kind */
     int64_t n_full, n_linear;
     int now;                      /* which set is the present one: 0 or 1 */
@@ -24,47 +26,49 @@ struct fm_state {
 };
 
 typedef struct sizes {
-    int64_t n_full, n_linear, kv_floats, conv_floats, rec_floats, set_floats, total_floats;
+    int64_t n_full, n_linear, kv_bytes, sets_off, conv_floats, rec_floats, set_floats, total_bytes;
 } sizes;
 
-static fm_status measure(const fm_config *c, int64_t capacity, sizes *z)
+static fm_status measure(const fm_config *c, int64_t capacity, fm_quant kv, sizes *z)
 {
     memset(z, 0, sizeof *z);
     for (int64_t l = 0; l < c->num_hidden_layers; l++)
         *(c->mixers[l] == FM_MIXER_FULL ? &z->n_full : &z->n_linear) += 1;
     int64_t kv_all = 0, sets = 0;
-    bool ok = capacity >= 1 && fm_mul_i64(c->num_key_value_heads * c->head_dim, capacity, &z->kv_floats) &&
-              fm_mul_i64(z->kv_floats, 2 * z->n_full, &kv_all);
+    bool ok = capacity >= 1 &&
+              fm_mul_i64(c->num_key_value_heads * c->head_dim * fm_quant_get(kv)->bits / 8, capacity, &z->kv_bytes) &&
+              fm_mul_i64(z->kv_bytes, 2 * z->n_full, &kv_all) && fm_add_i64(kv_all, FM_CACHE_LINE - 1, &z->sets_off);
+    z->sets_off = z->sets_off / FM_CACHE_LINE * FM_CACHE_LINE;
     if (z->n_linear > 0) {
         z->conv_floats = (c->linear_conv_kernel_dim - 1) * fm_config_conv_dim(c);
         ok = ok && fm_mul_i64(fm_config_value_dim(c), c->linear_key_head_dim, &z->rec_floats) &&
              fm_mul_i64(z->conv_floats + z->rec_floats, z->n_linear, &z->set_floats) &&
-             fm_mul_i64(z->set_floats, SETS, &sets);
+             fm_mul_i64(z->set_floats, SETS * (int64_t)sizeof(float), &sets);
     }
-    ok = ok && fm_add_i64(kv_all, sets, &z->total_floats) && z->total_floats < INT64_MAX / 8;
+    ok = ok && fm_add_i64(z->sets_off, sets, &z->total_bytes) && z->total_bytes < INT64_MAX / 2;
     if (!ok)
         return fm_fail(FM_ERR_ARG, "state for %" PRId64 " positions: the size overflows", capacity);
+    z->total_bytes = z->total_bytes > 0 ? z->total_bytes : FM_CACHE_LINE;
     return FM_OK;
 }
 
-fm_status fm_state_bytes(const fm_config *c, int64_t capacity, size_t *bytes)
+fm_status fm_state_bytes(const fm_config *c, int64_t capacity, fm_quant kv, size_t *bytes)
 {
     sizes z;
-    FM_TRY(measure(c, capacity, &z));
-    *bytes = (size_t)(z.total_floats > 0 ? z.total_floats : 1) * sizeof(float);
+    FM_TRY(measure(c, capacity, kv, &z));
+    *bytes = (size_t)z.total_bytes;
     return FM_OK;
 }
 
-fm_status fm_state_open(const fm_config *c, fm_backend *be, int64_t capacity, fm_state **out)
+fm_status fm_state_open(const fm_config *c, fm_backend *be, int64_t capacity, fm_quant kv, fm_state **out)
 {
     *out = NULL;
     sizes z;
-    FM_TRY(measure(c, capacity, &z));
+    FM_TRY(measure(c, capacity, kv, &z));
     void *mem, *region;
     FM_TRY(fm_alloc(sizeof(fm_state), &mem));
     fm_state *s = mem;
-    const size_t bytes = (size_t)(z.total_floats > 0 ? z.total_floats : 1) * sizeof(float);
-    const fm_status status = be->v->alloc(be, bytes, FM_USAGE_STATE, &region);
+    const fm_status status = be->v->alloc(be, (size_t)z.total_bytes, FM_USAGE_STATE, &region);
     if (status != FM_OK) {
         fm_free(s);
         return status;
@@ -72,9 +76,11 @@ fm_status fm_state_open(const fm_config *c, fm_backend *be, int64_t capacity, fm
     *s = (fm_state){.c = c,
                     .be = be,
                     .region = region,
-                    .bytes = bytes,
+                    .bytes = (size_t)z.total_bytes,
+                    .kv = kv,
                     .capacity = capacity,
-                    .kv_floats = z.kv_floats,
+                    .kv_bytes = z.kv_bytes,
+                    .sets_off = z.sets_off,
                     .set_floats = z.set_floats,
                     .conv_floats = z.conv_floats,
                     .rec_floats = z.rec_floats,
@@ -101,17 +107,15 @@ int64_t fm_state_pos(const fm_state *s) { return s->pos; }
 
 int64_t fm_state_capacity(const fm_state *s) { return s->capacity; }
 
-static float *kv_base(const fm_state *s, int64_t full_index) { return s->region + full_index * 2 * s->kv_floats; }
-
 static float *set_base(const fm_state *s, int set)
 {
-    return s->region + s->n_full * 2 * s->kv_floats + set * s->set_floats;
+    return (float *)(void *)(s->region + s->sets_off) + set * s->set_floats;
 }
 
 fm_kv fm_state_kv(const fm_state *s, int32_t layer)
 {
-    float *k = kv_base(s, s->index[layer]);
-    const fm_kv kv = {k, k + s->kv_floats, s->capacity};
+    uint8_t *k = s->region + s->index[layer] * 2 * s->kv_bytes;
+    const fm_kv kv = {k, k + s->kv_bytes, s->capacity, s->kv};
     return kv;
 }
 
@@ -171,17 +175,21 @@ int64_t fm_state_rewind(fm_state *s, int64_t want)
 
 typedef struct save_header {
     char magic[8];
-    int64_t version, pos, n_full, n_linear, n_kv_heads, head_dim, conv_floats, rec_floats;
+    int64_t version, kv_format /* disk id */, pos, n_full, n_linear, n_kv_heads, head_dim, conv_floats, rec_floats;
 } save_header;
 
 static save_header header_of(const fm_state *s)
 {
-    const save_header h = {"fmstate", 1, s->pos, s->n_full, s->n_linear, s->c->num_key_value_heads, s->c->head_dim,
-                           s->conv_floats, s->rec_floats};
+    const save_header h = {"fmstate", 2, fm_quant_get(s->kv)->disk_id, s->pos, s->n_full, s->n_linear,
+                           s->c->num_key_value_heads, s->c->head_dim, s->conv_floats, s->rec_floats};
     return h;
 }
 
-static size_t kv_row_bytes(const fm_state *s, int64_t pos) { return (size_t)(pos * s->c->head_dim) * sizeof(float); }
+/* Of the first pos positions of one KV head's K or V. */
+static size_t kv_row_bytes(const fm_state *s, int64_t pos)
+{
+    return (size_t)(pos * s->c->head_dim * fm_quant_get(s->kv)->bits / 8);
+}
 
 static size_t saved_bytes(const fm_state *s, int64_t pos)
 {
@@ -200,7 +208,7 @@ void fm_state_save(const fm_state *s, void *out)
     const size_t row = kv_row_bytes(s, s->pos);
     const int64_t n = s->n_full * 2 * s->c->num_key_value_heads;
     for (int64_t i = 0; i < n; i++, to += row)
-        memcpy(to, s->region + i * s->capacity * s->c->head_dim, row);
+        memcpy(to, s->region + (size_t)i * kv_row_bytes(s, s->capacity), row);
     memcpy(to, set_base(s, s->now), (size_t)s->set_floats * sizeof(float));
 }
 
@@ -210,6 +218,11 @@ fm_status fm_state_load(fm_state *s, const void *data, size_t bytes)
     if (bytes < sizeof h)
         return fm_fail(FM_ERR_FORMAT, "saved session: %zu bytes, the header alone has %zu", bytes, sizeof h);
     memcpy(&h, data, sizeof h);
+    fm_quant kv;
+    if (h.kv_format >= 0 && h.kv_format <= INT32_MAX && fm_quant_find_disk((int32_t)h.kv_format, &kv) && kv != s->kv &&
+        h.version == header_of(s).version)
+        return fm_fail(FM_ERR_FORMAT, "saved session: its KV cache is %s, this engine's %s; open it with kv_format %s",
+                       fm_quant_get(kv)->name, fm_quant_get(s->kv)->name, fm_quant_get(kv)->name);
     save_header mine = header_of(s);
     mine.pos = h.pos;
     if (memcmp(&h, &mine, sizeof h) != 0)
@@ -223,7 +236,7 @@ fm_status fm_state_load(fm_state *s, const void *data, size_t bytes)
     const size_t row = kv_row_bytes(s, h.pos);
     const int64_t n = s->n_full * 2 * s->c->num_key_value_heads;
     for (int64_t i = 0; i < n; i++, from += row)
-        memcpy(s->region + i * s->capacity * s->c->head_dim, from, row);
+        memcpy(s->region + (size_t)i * kv_row_bytes(s, s->capacity), from, row);
     memcpy(set_base(s, s->now), from, (size_t)s->set_floats * sizeof(float));
     s->pos = h.pos;
     s->other_pos = -1;

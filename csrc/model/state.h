@@ -13,11 +13,12 @@
 
 typedef struct fm_state fm_state;
 
-/* Bytes of the memory one sequence takes: full attention for capacity positions, three copies of linear state. */
-fm_status fm_state_bytes(const fm_config *c, int64_t capacity, size_t *bytes);
+/* Bytes of the memory one sequence takes: full attention for capacity positions, three copies of linear state.
+ * kv is the format of K and V: f32, f16 or bf16. */
+fm_status fm_state_bytes(const fm_config *c, int64_t capacity, fm_quant kv, size_t *bytes);
 
 /* c and be are borrowed and must outlive it. Starts at position 0. */
-fm_status fm_state_open(const fm_config *c, fm_backend *be, int64_t capacity, fm_state **out);
+fm_status fm_state_open(const fm_config *c, fm_backend *be, int64_t capacity, fm_quant kv, fm_state **out);
 void fm_state_close(fm_state *s); /* NULL is fine */
 
 int64_t fm_state_pos(const fm_state *s);
@@ -37,7 +38,7 @@ void fm_state_checkpoint(fm_state *s);
 /* 0 <= want <= pos. Goes to the latest remembered position <= want; models without linear layers go to want. */
 int64_t fm_state_rewind(fm_state *s, int64_t want);
 
-/* A sequence as bytes, for the same model and any capacity that holds it. */
+/* A sequence as bytes, for the same model and KV format and any capacity that holds it. */
 size_t fm_state_save_bytes(const fm_state *s);
 void fm_state_save(const fm_state *s, void *out);
 fm_status fm_state_load(fm_state *s, const void *data, size_t bytes);

@@ -63,6 +63,7 @@ def bench(
     numeric: Annotated[
         str | None, typer.Option(help="exact, fast, or both: exact,fast.", show_default=False)
     ] = None,
+    kv_format: opt.KvFormat = "f32",
     backend: opt.Backend = "auto",
     experts_per_token: opt.ExpertsPerToken = None,
     prefill_chunk: opt.PrefillChunk = None,
@@ -118,6 +119,7 @@ def bench(
         _list(numeric, "numeric", str),
         core={
             "backend": None if backend == "auto" else backend,
+            "kv_format": None if kv_format == "f32" else kv_format,
             **dict(_pair(p) for p in core or ()),
         },
         experts_per_token=experts_per_token,

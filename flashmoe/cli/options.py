@@ -16,6 +16,7 @@ __all__ = [
     "ExpertsPerToken",
     "Io",
     "Json",
+    "KvFormat",
     "Lookahead",
     "Memory",
     "Numeric",
@@ -41,6 +42,12 @@ Numeric = Annotated[
     typer.Option(
         help="exact; fast: activations rounded to int8 in quantised products; auto: fast for large "
         "quantised models."
+    ),
+]
+KvFormat = Annotated[
+    str,
+    typer.Option(
+        help="Of the attention's keys and values: f32; f16 or bf16, half the memory, rounded."
     ),
 ]
 Lookahead = Annotated[

@@ -46,6 +46,7 @@ def plan(
         ),
     ] = None,
     context: Annotated[int, typer.Option(min=1, help="Tokens the state is sized for.")] = 4096,
+    kv_format: opt.KvFormat = "f32",
     prompt_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 512,
     chunk: Annotated[int, typer.Option(min=1, help="Prompt tokens per forward.")] = 512,
     zipf: Annotated[
@@ -64,24 +65,28 @@ def plan(
     from flashmoe.perf.geometry import geometry
     from flashmoe.perf.predict import FORMULA, Hardware, predict
 
-    g = geometry(model, bits=bits)
+    g = geometry(model, bits=bits).with_kv(kv_format)
     hw = Hardware(ssd, int(ram * 2**30), mem_bw, gflops)
     same: dict[str, Any] = {
         "k": experts_per_token, "context": context, "prompt_tokens": prompt_tokens,
-        "prefill_chunk": chunk, "zipf": zipf, **_engine_plan(model, ram, context, chunk),
+        "prefill_chunk": chunk, "zipf": zipf,
+        **_engine_plan(model, ram, context, chunk, kv_format),
     }  # fmt: skip
     p = predict(g, hw, **same)
     if trace is not None:
         p = predict(g, hw, **same, **_from_trace(trace, policy, p))
     if json:
         opt.print_json({**p.as_dict(), "ssd_gb_per_s": ssd, "ram_bytes": hw.ram_bytes,
-                        "mem_gb_per_s": mem_bw, "gflops": gflops})  # fmt: skip
+                        "mem_gb_per_s": mem_bw, "gflops": gflops,
+                        "kv_format": kv_format})  # fmt: skip
         return
     _show(p, hw)
     print("\n" + FORMULA)
 
 
-def _engine_plan(model: str, ram: float, context: int, chunk: int) -> dict[str, Any]:
+def _engine_plan(
+    model: str, ram: float, context: int, chunk: int, kv_format: str
+) -> dict[str, Any]:
     """Return the engine's own slots and sizes for a checkpoint that is there."""
     path = Path(model).expanduser()
     if not path.is_dir():
@@ -89,7 +94,7 @@ def _engine_plan(model: str, ram: float, context: int, chunk: int) -> dict[str, 
     from flashmoe.prepare import prepare
 
     made = prepare(str(path), memory=int(ram * 2**30), io="direct", context=context,
-                   prefill_chunk=chunk).plan  # fmt: skip
+                   prefill_chunk=chunk, kv_format=kv_format).plan  # fmt: skip
     return {"n_slots": made.n_slots, "scratch": made.scratch_bytes,
             "overhead": made.baseline_bytes}  # fmt: skip
 

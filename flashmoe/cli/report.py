@@ -34,6 +34,8 @@ def summary(plan: MemoryPlan, pieces: Sequence[Piece], stats: Mapping[str, Any])
     parts.append(plan.arch)
     if plan.numeric != "exact":
         parts.append(f"numeric {plan.numeric}")
+    if plan.kv_format != "f32":
+        parts.append(f"KV {plan.kv_format}")
     parts.append(f"read {format_bytes(int(stats.get('bytes_read', 0)))}")
     rate = hit_rate(stats)
     if rate is not None:
@@ -72,6 +74,7 @@ def to_json(plan: MemoryPlan, pieces: Sequence[Piece], stats: Mapping[str, Any])
         "experts_per_token": plan.experts_per_token,
         "trained_experts_per_token": plan.trained_experts_per_token,
         "numeric": plan.numeric,
+        "kv_format": plan.kv_format,
         "plan": plan_to_json(plan),
         "stats": dict(stats),
     }

@@ -154,7 +154,7 @@ def _measure_setting(model: str | None, setting: Setting, work: Work, say: Say) 
         "bench": "flashmoe", "model": plan.model, "arch": plan.arch,
         "experts_per_token": plan.experts_per_token,
         "trained_experts_per_token": plan.trained_experts_per_token,
-        "numeric": plan.numeric, "backend": plan.backend,
+        "numeric": plan.numeric, "kv_format": plan.kv_format, "backend": plan.backend,
         "setting": setting.label(), "memory": setting.memory, "io": info["io_method"],
         "io_direct": plan.io_direct, "n_threads": info["n_threads"], "options": opts,
         "n_slots": info["n_slots"], "n_experts": plan.n_experts,

@@ -6,7 +6,7 @@ Shapes come from the architecture tables of the readers, so whatever runs can be
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Geometry", "expert_bytes", "from_config", "from_description", "geometry"]
 
 GROUP = 64
+_KV_BYTES = {"f32": 4, "f16": 2, "bf16": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ class Geometry:
     embed_bytes: int  # the embedding table: one row a token is read of it
     tied: bool  # the embedding is the head as well
     shared_bytes: int  # shared experts: they compute while routed ones are read
-    kv_bytes_per_token: int  # float32
+    kv_bytes_per_token: int  # float32, but for with_kv
     recurrent_bytes: int  # of one sequence, float32
     conv_bytes: int
     trunk_flops: float  # per token, at context 0
@@ -80,6 +81,14 @@ class Geometry:
         """Bytes of a sequence's state; the engine keeps 3 `copies` of the recurrent part."""
         recurrent = self.recurrent_bytes + self.conv_bytes
         return context * self.kv_bytes_per_token + copies * recurrent
+
+    def with_kv(self, kv_format: str) -> Geometry:
+        """Return the same with keys and values in ``"f32"``, ``"f16"`` or ``"bf16"``."""
+        if kv_format not in _KV_BYTES:
+            raise ArgumentError(f"kv_format={kv_format!r}: one of {', '.join(_KV_BYTES)}")
+        return replace(
+            self, kv_bytes_per_token=self.kv_bytes_per_token // 4 * _KV_BYTES[kv_format]
+        )
 
     def flops(self, k: int | None = None, context: float = 0) -> float:
         """Operations per token."""

@@ -134,7 +134,7 @@ static fm_status call_rope(fm_backend *b, arrays *a)
 }
 static fm_status call_attention(fm_backend *b, arrays *a)
 {
-    const fm_kv kv = {a->k, a->v, CAP};
+    const fm_kv kv = {a->k, a->v, CAP, FM_QUANT_F32};
     const fm_attention_args t = {
         .a = {2, 1, HD, 0.3f, a->q, a->z, 2 * HD, HD, a->y, H}, /* z as gate: any numbers do */
         .k = a->x, .v = a->h, .ld_kv = H, .spans = &span, .kv = &kv, .n_spans = 1};

@@ -155,12 +155,25 @@ static void attend_exact(const fm_attn_args *a, int64_t row, int64_t h, const fl
     free(s);
 }
 
-static void check_attention(const fm_kernels *k, int64_t nh, int64_t nkv, int64_t hd, int64_t n, int64_t n_before,
-                            bool gate, uint64_t *s)
+/* The kernel's own rounding apart from the format's: the oracle gets K and V as stored. */
+static void round_kv(const fm_kernels *k, fm_quant format, float *x, int64_t n, void *stored)
 {
-    const int64_t total = n + n_before, ldq = nh * 2 * hd + 3, ldy = nh * hd + 1;
+    const fm_quant_row row = {.codes = stored};
+    k->kv_store(format, x, n, stored);
+    fm_quant_get(format)->decode_ref(&row, n, x);
+}
+
+static void check_attention(const fm_kernels *k, fm_quant format, int64_t nh, int64_t nkv, int64_t hd, int64_t n,
+                            int64_t n_before, bool gate, uint64_t *s)
+{
+    const int64_t total = n + n_before, ldq = nh * 2 * hd + 3, ldy = nh * hd + 1, per = nh / nkv;
+    const int64_t query = fm_attn_part_floats(hd), n_parts = (total + FM_ATTN_PART - 1) / FM_ATTN_PART;
     float *q = odd_floats(n * ldq, s), *K = odd_floats(total * hd, s), *V = odd_floats(total * hd, s);
-    float *y1 = odd_floats(n * ldy, s), *y2 = odd_floats(n * ldy, s);
+    float *y1 = odd_floats(n * ldy, s), *y2 = odd_floats(n * ldy, s), *y3 = odd_floats(n * ldy, s);
+    float *scratch = malloc((size_t)(FM_ATTN_QUERIES * query) * sizeof *scratch);
+    float *parts = malloc((size_t)(n_parts * n * per * query) * sizeof *parts);
+    const size_t bytes = (size_t)(total * hd * fm_quant_get(format)->bits / 8);
+    uint8_t *k_odd = malloc(bytes + 1), *v_odd = malloc(bytes + 1);
     double *want = malloc((size_t)hd * sizeof *want), top = 0;
     for (int64_t i = 0; i < total * hd; i++) {
         K[i] = rand_unit(s);
@@ -168,39 +181,99 @@ static void check_attention(const fm_kernels *k, int64_t nh, int64_t nkv, int64_
     }
     for (int64_t i = 0; i < n * ldq; i++)
         q[i] = rand_unit(s) * 2;
+    round_kv(k, format, K, total * hd, k_odd + 1);
+    round_kv(k, format, V, total * hd, v_odd + 1);
+    const fm_kv_head kv = {k_odd + 1, v_odd + 1, format};
     fm_attn_args a = {.n_heads = nh, .n_kv_heads = nkv, .head_dim = hd, .scale = (float)(1 / sqrt((double)hd)), .q = q,
                       .gate = gate ? q + hd : NULL, .ld_q = ldq, .ld_q_head = 2 * hd, .y = y1, .ld_y = ldy};
     int bad = 0;
     for (int64_t g = 0; g < nkv; g++) { /* every KV head reads the same K, V here */
-        k->attend_rows(&a, 0, n, g, K, V, n_before);
+        k->attend_rows(&a, 0, n, g, &kv, n_before, scratch);
         a.y = y2;
         for (int64_t r = 0; r < n; r++)
-            k->attend(&a, r, g, K, V, n_before + r + 1);
+            k->attend_rows(&a, r, r + 1, g, &kv, n_before, scratch);
+        a.y = y3;
+        for (int64_t p = n_parts - 1; p >= 0; p--) /* in any order */
+            k->attend_part(&a, 0, n, g, &kv, n_before, p, parts + p * n * per * query);
+        k->attend_merge(&a, 0, n, g, n_before, parts, n * per * query);
         a.y = y1;
         for (int64_t r = 0; r < n; r++)
-            for (int64_t h = g * nh / nkv; h < (g + 1) * nh / nkv; h++) {
+            for (int64_t h = g * per; h < (g + 1) * per; h++) {
                 attend_exact(&a, r, h, K, V, n_before + r + 1, want);
                 const float *y = y1 + r * ldy + h * hd;
                 CHECK(memcmp(y, y2 + r * ldy + h * hd, (size_t)hd * sizeof *y) == 0);
+                CHECK(memcmp(y, y3 + r * ldy + h * hd, (size_t)hd * sizeof *y) == 0);
                 for (int64_t d = 0; d < hd; d++)
                     bad += report("attend", k, d, y[d], want[d], ldexp(top, -18));
             }
     }
     CHECK_INT(bad, 0);
-    free(want);
-    free(q - 1), free(K - 1), free(V - 1), free(y1 - 1), free(y2 - 1);
+    free(want), free(scratch), free(parts), free(k_odd), free(v_odd);
+    free(q - 1), free(K - 1), free(V - 1), free(y1 - 1), free(y2 - 1), free(y3 - 1);
 }
+
+/* What f16 does not hold becomes infinity, and the output is no number: the forward refuses it. */
+static void attend_overflow(const fm_kernels *k)
+{
+    enum { HD = 40, N = 70 };
+    static float x[N * HD], q[HD], y[HD], scratch[FM_ATTN_QUERIES * 80];
+    static uint16_t K[N * HD], V[N * HD];
+    for (int i = 0; i < N * HD; i++)
+        x[i] = 1;
+    for (int d = 0; d < HD; d++)
+        q[d] = 1;
+    k->kv_store(FM_QUANT_F16, x, N * HD, V);
+    x[7 * HD + 3] = 65520;
+    k->kv_store(FM_QUANT_F16, x, N * HD, K);
+    const fm_kv_head kv = {K, V, FM_QUANT_F16};
+    const fm_attn_args a = {.n_heads = 1, .n_kv_heads = 1, .head_dim = HD, .scale = 1, .q = q, .ld_q = HD, .ld_q_head = HD,
+                            .y = y, .ld_y = HD};
+    k->attend_rows(&a, 0, 1, 0, &kv, N - 1, scratch);
+    for (int d = 0; d < HD; d++)
+        CHECK(!isfinite(y[d]));
+}
+
+static const fm_quant kv_formats[] = {FM_QUANT_F32, FM_QUANT_F16, FM_QUANT_BF16};
 
 static void attention(const fm_kernels *k, bool fast)
 {
     (void)fast;
     uint64_t s = 3;
-    check_attention(k, 1, 1, 8, 1, 0, false, &s);
-    check_attention(k, 4, 2, 24, 5, 61, true, &s);
-    check_attention(k, 8, 1, 64, 67, 3, true, &s);
-    check_attention(k, 3, 1, 40, 1, 129, false, &s);
-    check_attention(k, 16, 2, 256, 3, 190, true, &s);
-    check_attention(k, 5, 1, 33, 30, 0, true, &s);
+    attend_overflow(k);
+    for (int f = 0; f < FM_COUNT(kv_formats); f++) {
+        const fm_quant q = kv_formats[f];
+        check_attention(k, q, 1, 1, 8, 1, 0, false, &s);
+        check_attention(k, q, 4, 2, 24, 5, 61, true, &s);
+        check_attention(k, q, 8, 1, 64, 67, 3, true, &s);
+        check_attention(k, q, 3, 1, 40, 1, 129, false, &s);
+        check_attention(k, q, 16, 2, 256, 3, 190, true, &s);
+        check_attention(k, q, 5, 1, 33, 30, 0, true, &s);
+        check_attention(k, q, 2, 1, 16, 40, FM_ATTN_PART - 20, true, &s); /* rows on both sides of a part's end */
+        check_attention(k, q, 3, 1, 300, 2, 2 * FM_ATTN_PART + 63, false, &s);
+        check_attention(k, q, 130, 1, 17, 2, FM_ATTN_PART, true, &s); /* more queries in a row than in a pass */
+    }
+}
+
+/* Every variant writes the bits of the reference codec: ties, overflow, subnormals, NaN; and no byte too many. */
+static void kv_storing(const fm_kernels *k, bool fast)
+{
+    (void)fast;
+    uint64_t s = 9;
+    enum { N = 6007 };
+    static float x[N];
+    static uint8_t got[4 * N + 1], want[4 * N + 1];
+    for (int64_t i = 0; i < N; i++) {
+        const uint32_t r = (uint32_t)test_rand(&s), bits = i % 3 == 0 ? r : i % 3 == 1 ? r & 0xfffff000u : r & 0xffff8000u;
+        memcpy(&x[i], &bits, 4);
+    }
+    for (int f = 0; f < FM_COUNT(kv_formats); f++)
+        for (int64_t n = 1; n <= N; n = n < 70 ? n + 1 : n + 5937) {
+            memset(got, 0x5a, sizeof got);
+            memset(want, 0x5a, sizeof want);
+            fm_quant_get(kv_formats[f])->encode_ref(x, n, 0, FM_QUANT_F32, want + 1, NULL, NULL);
+            k->kv_store(kv_formats[f], x, n, got + 1);
+            CHECK(memcmp(got, want, sizeof got) == 0);
+        }
 }
 
 static void delta_exact(const fm_delta_args *a, int64_t h, int64_t n, const float *S_in, double *S, double *y)
@@ -361,6 +434,7 @@ ALL(norms_and_gates)
 ALL(odd_gates)
 ALL(convolution)
 ALL(attention)
+ALL(kv_storing)
 ALL(delta_net)
 ALL(routing)
 
@@ -372,6 +446,7 @@ int main(int argc, char **argv)
     RUN(odd_gates_all);
     RUN(convolution_all);
     RUN(attention_all);
+    RUN(kv_storing_all);
     RUN(delta_net_all);
     RUN(routing_all);
     TEST_EXIT();

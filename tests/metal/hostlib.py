@@ -131,7 +131,7 @@ MatmulItem = struct("MatmulItem", W=C.POINTER(Mat), bias=P, y=P, ldy=I64, add=C.
 Span = struct("Span", row0=I64, n=I64, pos0=I64)
 RopeArgs = struct("RopeArgs", x=P, ld=I64, ld_head=I64, n_heads=I64, rot=I64, inv_freq=P,
                   spans=P, n_spans=INT)  # fmt: skip
-Kv = struct("Kv", k=P, v=P, capacity=I64)
+Kv = struct("Kv", k=P, v=P, capacity=I64, format=INT)
 AttnArgs = struct("AttnArgs", n_heads=I64, n_kv_heads=I64, head_dim=I64, scale=F32, q=P, gate=P,
                   ld_q=I64, ld_q_head=I64, y=P, ld_y=I64)  # fmt: skip
 AttentionArgs = struct("AttentionArgs", a=AttnArgs, k=P, v=P, ld_kv=I64, spans=P, kv=P, n_spans=INT)
@@ -150,7 +150,8 @@ CombineArgs = struct("CombineArgs", y=P, n=I64, hidden=I64, part=P, start=P, ind
 ExpertLater = struct("ExpertLater", x=P, n_x=I64, gate=Mat, up=Mat, down=Mat, gate_y=P, up_y=P,
                      out=P, n_jobs=I64, n_parts=I64, table=P)  # fmt: skip
 Caps = struct("Caps", unified_memory=C.c_bool, asynchronous=C.c_bool, pipelined=C.c_bool,
-              max_bytes=C.c_size_t, max_buffer_bytes=C.c_size_t, device=C.c_char_p)  # fmt: skip
+              max_bytes=C.c_size_t, max_buffer_bytes=C.c_size_t, device=C.c_char_p,
+              kv_formats=C.c_uint32)  # fmt: skip
 Opts = struct("Opts", name=C.c_char_p, pool=P, numeric=INT)
 Error = struct("Error", status=INT, err=INT, path=C.c_char_p, message=C.c_char_p)
 

@@ -44,7 +44,10 @@ def rotary(x: np.ndarray, pos: np.ndarray, rot: int, theta: float) -> np.ndarray
 def attention(
     c: dict[str, Any], w: Weights, p: str, x: np.ndarray, state: dict[str, Any]
 ) -> np.ndarray:
-    """Causal grouped-query attention on top of the keys and values in `state` (updated)."""
+    """Causal grouped-query attention on top of the keys and values in `state` (updated).
+
+    ``c["kv_round"]``, where there is one, rounds keys and values as a cache keeps them.
+    """
     n, nh, nkv, hd = len(x), c["heads"], c["kv_heads"], c["head_dim"]
     q, k = linear(w, p + "q_proj", x), linear(w, p + "k_proj", x)
     v = linear(w, p + "v_proj", x).reshape(n, nkv, hd)
@@ -64,6 +67,8 @@ def attention(
     old = state.get("k", np.zeros((0, nkv, hd)))
     pos = len(old) + np.arange(n, dtype=np.float64)
     q, k = (rotary(a, pos, c["rotary_dim"], c["theta"]) for a in (q, k))
+    if "kv_round" in c:
+        k, v = c["kv_round"](k), c["kv_round"](v)
     k = state["k"] = np.concatenate([old, k])
     v = state["v"] = np.concatenate([state.get("v", np.zeros((0, nkv, hd))), v])
     future = np.arange(len(k))[None, :] > pos[:, None]
