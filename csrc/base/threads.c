@@ -30,20 +30,24 @@ typedef struct worker {
     int index; /* 1 .. n_threads-1; 0 is the caller */
 } worker;
 
+/* The tasks begin <= i < end that nobody has taken: begin << 32 | end. */
+typedef struct share {
+    _Alignas(FM_CACHE_LINE) atomic_uint_fast64_t range;
+} share;
+
 struct fm_pool {
     /* written by the caller before the gate opens, read by those who joined */
     fm_task_fn *fn;
     void *ctx;
-    int64_t n_tasks;
     int n_threads;
     int64_t spin_ns;
     int fork_id;
     worker *workers;
+    share *shares; /* [n_threads asked for] */
     pthread_mutex_t lock;
     pthread_cond_t wake, idle;
     atomic_bool busy, stop;
     _Alignas(FM_CACHE_LINE) atomic_uint_fast64_t gate;
-    _Alignas(FM_CACHE_LINE) atomic_int_fast64_t next_task;
     _Alignas(FM_CACHE_LINE) atomic_int n_parked;
     atomic_bool caller_parked;
 };
@@ -69,14 +73,37 @@ static inline void cpu_relax(void)
 #endif
 }
 
+static bool take(share *s, bool from_front, int64_t *task)
+{
+    uint64_t r = atomic_load_explicit(&s->range, memory_order_relaxed);
+    while (r >> 32 < (r & UINT32_MAX)) {
+        const uint64_t rest = from_front ? r + (UINT64_C(1) << 32) : r - 1;
+        if (atomic_compare_exchange_weak_explicit(&s->range, &r, rest, memory_order_relaxed, memory_order_relaxed)) {
+            *task = (int64_t)(from_front ? r >> 32 : rest & UINT32_MAX);
+            return true;
+        }
+    }
+    return false;
+}
+
+/* First the own share, in order: neighbouring tasks read neighbouring memory. Then the ends of others'. */
 static void run_tasks(fm_pool *p, int index)
 {
     fm_task_fn *const fn = p->fn;
     void *const ctx = p->ctx;
-    const int64_t n = p->n_tasks;
     int64_t task;
-    while ((task = atomic_fetch_add_explicit(&p->next_task, 1, memory_order_relaxed)) < n)
-        fn(ctx, task, index);
+    for (int i = 0; i < p->n_threads; i++)
+        while (take(&p->shares[(index + i) % p->n_threads], i == 0, &task))
+            fn(ctx, task, index);
+}
+
+static void deal(fm_pool *p, int64_t n_tasks)
+{
+    for (int64_t i = 0; i < p->n_threads; i++) {
+        const uint64_t begin = (uint64_t)(n_tasks * i / p->n_threads);
+        const uint64_t end = (uint64_t)(n_tasks * (i + 1) / p->n_threads);
+        atomic_store_explicit(&p->shares[i].range, begin << 32 | end, memory_order_relaxed);
+    }
 }
 
 static bool join_job(fm_pool *p, uint64_t last_job, uint64_t *job)
@@ -172,8 +199,14 @@ fm_status fm_pool_open(int n_threads, fm_pool **out)
         fm_free(p);
         return FM_ERR_NOMEM;
     }
-    pthread_once(&fork_once, watch_forks);
     p->workers = memory;
+    if (fm_alloc((size_t)n_threads * sizeof(share), &memory) != FM_OK) {
+        fm_free(p->workers);
+        fm_free(p);
+        return FM_ERR_NOMEM;
+    }
+    p->shares = memory;
+    pthread_once(&fork_once, watch_forks);
     p->n_threads = n_threads;
     p->fork_id = atomic_load(&fork_id);
     /* With more threads than CPUs a spinning worker would only hold up one that has work. */
@@ -205,6 +238,7 @@ void fm_pool_close(fm_pool *p)
         pthread_cond_destroy(&p->wake);
         pthread_mutex_destroy(&p->lock);
     }
+    fm_free(p->shares);
     fm_free(p->workers);
     fm_free(p);
 }
@@ -255,13 +289,13 @@ void fm_parallel_for(fm_pool *p, int64_t n_tasks, fm_task_fn *fn, void *ctx)
             fn(ctx, i, 0);
         return;
     }
+    assert(n_tasks <= UINT32_MAX);
     const bool was_busy = atomic_exchange(&p->busy, true);
     assert(!was_busy && "one fm_parallel_for at a time per pool");
     (void)was_busy;
     p->fn = fn;
     p->ctx = ctx;
-    p->n_tasks = n_tasks;
-    atomic_store_explicit(&p->next_task, 0, memory_order_relaxed);
+    deal(p, n_tasks);
     open_gate(p, n_tasks, (GATE_JOB(atomic_load(&p->gate)) + 1) & UINT32_MAX);
     run_tasks(p, 0);
     close_gate(p);

@@ -16,8 +16,8 @@ fm_status fm_pool_open(int n_threads, fm_pool **out); /* n_threads >= 1 counts t
 void fm_pool_close(fm_pool *p);                       /* NULL is fine */
 int fm_pool_threads(const fm_pool *p);
 
-/* Returns when all tasks are done. Tasks are handed out one by one through an atomic counter, so
- * make them coarse enough (>= ~5 us). n_tasks <= 1 or one thread runs inline. */
+/* Returns when all tasks are done; n_tasks < 2^32. Each thread takes one by one of its own share of consecutive tasks,
+ * then from the ends of others', so make them coarse enough (>= ~5 us). n_tasks <= 1 or one thread runs inline. */
 void fm_parallel_for(fm_pool *p, int64_t n_tasks, fm_task_fn *fn, void *ctx);
 
 #endif

@@ -13,7 +13,7 @@ enum {
     FAST_MAX_T = 2,  /* rows of x */
     ROWS_SUBS = 128, /* blocks per pass */
     ROWS_K = ROWS_SUBS * FAST_BLOCK,
-    ROWS_AHEAD = 3072, /* bytes; 1024 to 6144 were tried */
+    ROWS_AHEAD = 1024, /* bytes; up to 6144 were tried */
 };
 
 typedef struct rows_work {
@@ -87,8 +87,8 @@ FM_INLINE void rows_batch(const uint8_t *code, int64_t have, const rows_work *w,
 #pragma GCC unroll 4
         for (int i = 0; i < 4 && i < n_chunks; i++, code += step, have -= step) {
             vu d;
-            if (planes == 4) /* so much to compute per line that too few lines are under way otherwise */
-                __builtin_prefetch(code + ROWS_AHEAD, 0, 3);
+            if (bits == 8 || planes > 1) /* computing fills the core's window: too few lines are under way by itself */
+                __builtin_prefetch(code + (planes == 4 ? 2 * ROWS_AHEAD : ROWS_AHEAD), 0, 3);
             if (planes == 1 && bits != 8)
                 d = tail && have <= 0 ? (vu){0} : (vu)v_unpack(cut, code, have);
             else if (!tail || have >= VB)
@@ -155,6 +155,8 @@ FM_INLINE void rows_row(const fm_mat *W, const uint8_t *code, int64_t have, cons
             rows_batch(code, have, w, q_at, &v->cut, bits, planes, n_chunks, wide, false, T, sum);
         else
             rows_batch(code, have, w, q_at, &v->cut, bits, planes, n_chunks, wide, true, T, sum);
+        __builtin_prefetch(scale + ROWS_AHEAD / 2 + b * 2, 0, 3);
+        __builtin_prefetch(bias + ROWS_AHEAD / 2 + b * 2, 0, 3);
         const vf s = rows_numbers(W, scale, b, n, shift), o = rows_numbers(W, bias, b, n, shift);
         for (int t = 0; t < T; t++)
             vf_store(w->part[t] + at + b,
