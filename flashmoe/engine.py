@@ -54,9 +54,9 @@ class Engine:
     prefill_chunk : int or None
         Tokens per forward while reading a prompt; None is 16 to 4096, by memory and streaming.
     numeric : str
-        ``"exact"``: float32 activations.  ``"fast"``: rounded to int8 in blocks for products with
-        quantised weights (``docs/kernels.md``).  ``"auto"``: fast for quantised models of hidden
-        size >= 1024, where it is several times faster; exact for others.
+        ``"exact"``: float32 activations.  ``"fast"``: rounded to 15 bits in blocks of 64 for
+        products with quantised weights (``docs/kernels.md``).  ``"auto"``: fast for
+        quantised models, exact for others, where there is nothing to gain.
     kv_format : str
         Of the attention's keys and values: ``"f32"``; ``"f16"`` or ``"bf16"`` take half the memory
         and round each to nearest (on the CPU backend; ``docs/kernels.md``).

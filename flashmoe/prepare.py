@@ -26,8 +26,6 @@ __all__ = ["Prepared", "expert_format", "prepare"]
 CONTEXT = 4096
 NUMERICS = ("exact", "fast")
 KV_FORMATS = ("f32", "f16", "bf16")
-FAST_HIDDEN = 1024
-"""From this width on ``numeric="auto"`` is fast: below, products take no time worth saving."""
 
 
 @dataclass(frozen=True)
@@ -100,8 +98,7 @@ def prepare(
     if prefill_chunk is not None:
         prefill_chunk = _integer("prefill_chunk", prefill_chunk, 1, 1 << 20)
     if numeric == "auto":
-        wide = int(config["hidden_size"]) >= FAST_HIDDEN
-        numeric = "fast" if wide and "affine" in expert_format(desc) else "exact"
+        numeric = "fast" if "affine" in expert_format(desc) else "exact"
     opts = {
         "context": n_context,
         "experts_per_token": k,

@@ -40,7 +40,7 @@ Io = Annotated[
 Numeric = Annotated[
     str,
     typer.Option(
-        help="exact; fast: activations rounded to int8 in quantised products; auto: fast for large "
+        help="exact; fast: activations rounded to 15 bits in quantised products; auto: fast for "
         "quantised models."
     ),
 ]
