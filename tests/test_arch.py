@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 
+import engines
 import numpy as np
 import pytest
 from engines import (
@@ -117,8 +118,8 @@ def hidden_f64(m: oracle.Model, ids: np.ndarray) -> np.ndarray:
 def test_prefill_in_chunks(name, variant):
     """Chunks of 1, 3, 64 and the whole: all within the bound of the golden, and one stream.
 
-    Bound between two chunkings: 2 * 1e-4, far inside the golden's; recurrent layers add up in
-    another order within a chunk, the rest is the same bit for bit (`test_chunks_bitwise`).
+    Bound between two chunkings: far inside the golden's; recurrent layers add up in another order
+    within a chunk, the rest is the same bit for bit (`test_chunks_bitwise`).
     """
     p = prompts(name)[-1]
     want = golden(name)[f"{p}.logits_f64"]
@@ -128,11 +129,12 @@ def test_prefill_in_chunks(name, variant):
         for chunk in (1, 3, 64):
             got, session = run(engine, ids_of(name, p), chunk=chunk)
             assert worst(got, want) <= BOUND, chunk
-            assert worst(got, whole) <= 2e-4, chunk
-            assert worst(session.logits(), end) <= 2e-4, chunk
+            assert worst(got, whole) <= engines.CHUNK_BOUND, chunk
+            assert worst(session.logits(), end) <= engines.CHUNK_BOUND, chunk
             assert session.pos == len(want)
 
 
+@pytest.mark.skipif(not engines.SAME_BITS, reason="this backend sums many rows in another order")
 @pytest.mark.parametrize("name", [n for n in NAMES if not any(core_desc(n)["config"]["mixers"])])
 def test_chunks_bitwise(name, variant):
     """Without recurrent layers chunking changes nothing at all."""

@@ -1,14 +1,14 @@
 """Whole models on the Metal backend: the core's own tests, run with the core that hostlib builds.
 
 A child pytest loads `metal_core_plugin`, which puts that core in place of `flashmoe._core` and
-opens every engine with the backend "metal". Default: a few goldens. Slow: all goldens, sequences,
-ragged batches, slots, snapshots and faults during reads.
+opens every engine with the backend "metal".
 """
 
 import functools
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import hostlib
 import mslc
@@ -29,21 +29,43 @@ def core():
     return str(hostlib.build_core())
 
 
-def run(*select, env=None):
-    """Run tests of the core on Metal; the variant of the CPU kernels does not matter: "ref"."""
-    full = {**os.environ, "METAL_CORE_PATH": core(), "MSL_CHILD": "1", **(env or {})}
+ROWS = {"METAL_CORE_ROWS": "1"}
+RUNS = {  # name: (environment, what pytest is given); the longest first
+    "session": (ROWS, ["test_session.py"]),
+    "arch": ({}, ["test_arch.py"]),
+    "faults": (ROWS, ["test_faults.py", "test_faults_random.py"]),
+    "chunks": (ROWS, ["test_arch.py", "-k", "chunks or max_rows"]),
+    "experts": (ROWS, ["test_experts.py"]),
+}
+
+
+def run(env, select):
+    full = {**os.environ, "METAL_CORE_PATH": core(), "MSL_CHILD": "1", "FLASHMOE_CPU": "ref", **env}
     full["PYTHONPATH"] = os.pathsep.join([str(HERE), str(mslc.REPO)])
     cmd = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "metal_core_plugin"]
     cmd += ["-p", "no:cacheprovider", *select]
-    out = subprocess.run(cmd, env=full, cwd=TESTS, text=True, capture_output=True)
+    return subprocess.run(cmd, env=full, cwd=TESTS, text=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def runs(request):
+    """The runs that were asked for, two at a time: the runner uses one thread."""
+    asked = [i.callspec.params["name"] for i in request.session.items if "runs" in i.fixturenames]
+    core()
+    with ThreadPoolExecutor(2) as pool:
+        yield {name: pool.submit(run, *RUNS[name]) for name in RUNS if name in asked}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_cores_own_tests(runs, name):
+    """All that the CPU passes.
+
+    With tiles: every golden and twin, logits within 1e-3 of float64, greedy tokens and router sets
+    equal, the residual stream, chunks. With the row kernels, where results are equal to the bit:
+    chunks, few slots, ragged batches, going back, saving, cancelling, every way to read, failing reads.
+    """
+    out = runs[name].result()
     assert out.returncode == 0, out.stdout[-6000:] + out.stderr[-2000:]
-    return out.stdout
-
-
-def test_goldens():
-    """Logits within 1e-3 of float64, greedy tokens and router sets equal."""
-    names = "ref-q35moe_base] or ref-q35moe_base/mlx4] or ref-q3next] or ref-q35moe_odd]"
-    run("test_arch.py", "-k", f"test_golden and ({names})".replace("]", ""))
 
 
 COUNT = """
@@ -77,17 +99,3 @@ def test_commands_per_token():
             slots, commands, dispatches = line.split()[2:]
             print(slots, commands, dispatches)
             assert float(commands) <= 6 * 4 + 3
-
-
-@pytest.mark.slow
-def test_every_golden():
-    """All models and twins, in the fast mode. Left out: chunk tests that compare two chunkings more
-    finely than kernels that sum in another order can agree (they pass below)."""
-    run("test_arch.py", "-k", "ref and not test_prefill_in_chunks and not test_chunks_bitwise")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("file", ["test_arch.py", "test_session.py", "test_faults.py"])
-def test_bit_for_bit(file):
-    """With the row kernels alone a batch equals its members: the CPU's tests hold as they are."""
-    run(file, "-k", "not avx", env={"METAL_CORE_ROWS": "1", "FLASHMOE_CPU": "ref"})
