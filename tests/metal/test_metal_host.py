@@ -2,6 +2,7 @@
 
 import ctypes as C
 import json
+import os
 import time
 
 import hostlib as H
@@ -300,3 +301,13 @@ def test_stand_in_stops_misuse():
     status, output = run_child(["-c", MISUSE.format(here=str(HERE))], None)
     assert status != 0, output
     assert "offset is not aligned to 4 bytes" in output
+
+
+@in_child
+@pytest.mark.skipif(H.MAC, reason="how the stand-in compiles")
+def test_temporary_files_go_where_they_should(tmp_path):
+    """A folder that is not there stops the stand-in and is named: nothing is written elsewhere."""
+    code = "import hostlib; hostlib.Backend('metal')"
+    status, output = run_child(["-c", code], {**os.environ, "TMPDIR": str(tmp_path / "gone")})
+    assert status != 0
+    assert f"no file in {tmp_path}/gone/fake-metal-" in output

@@ -191,9 +191,12 @@ void fake_buffers_protect(NSSet *allowed, bool hide)
 static void *compile_source(const char *text, char *why, size_t why_len)
 {
     const char *tool = getenv("FAKE_METAL_COMPILE");
-    char path[] = "/tmp/fake-metal-XXXXXX", command[4096], out[4096] = "";
+    const char *folder = getenv("TMPDIR");
+    char path[1024], command[4096], out[4096] = "";
     CHECK(tool, @"newLibraryWithSource: FAKE_METAL_COMPILE is not set");
+    snprintf(path, sizeof path, "%s/fake-metal-XXXXXX", folder && *folder ? folder : "/tmp");
     const int fd = mkstemp(path);
+    CHECK(fd >= 0, @"newLibraryWithSource: no file in %s", path);
     const bool written = write(fd, text, strlen(text)) == (ssize_t)strlen(text);
     close(fd);
     snprintf(command, sizeof command, "env -u LD_PRELOAD %s %s 2>&1", tool, path);
