@@ -1,7 +1,7 @@
 """A pytest plugin: run the core's own tests on the Metal backend (`pytest -p metal_core_plugin`).
 
-Loads the core that hostlib built in place of `flashmoe._core` and makes every engine open the
-backend named by METAL_CORE_BACKEND. With METAL_CORE_ROWS=1 only the row kernels run, which make a
+Loads the core that hostlib built (METAL_CORE_PATH) in place of `flashmoe._core` and makes every
+engine open the backend named by METAL_CORE_BACKEND. With METAL_CORE_ROWS=1 only the row kernels run, which make a
 batch equal to its members bit for bit. Otherwise matrices of more than 4 rows go through tiles,
 whose 8x8 products sum in an order that the hardware does not tell: then two cuts of one prompt agree
 only as far as each agrees with float64.
@@ -16,13 +16,17 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 import mslc
 
-C.CDLL(str(mslc.runtime("")), mode=C.RTLD_GLOBAL)
-os.environ["FAKE_METAL_COMPILE"] = f"{sys.executable} {mslc.HERE / 'mslc.py'} --embedded"
-path = os.environ["METAL_CORE_PATH"]
-spec = importlib.util.spec_from_file_location("flashmoe._core", path)
-core = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(core)
-sys.modules["flashmoe._core"] = core
+path = os.environ.get("METAL_CORE_PATH")
+if path:
+    C.CDLL(str(mslc.runtime("")), mode=C.RTLD_GLOBAL)
+    os.environ["FAKE_METAL_COMPILE"] = f"{sys.executable} {mslc.HERE / 'mslc.py'} --embedded"
+    spec = importlib.util.spec_from_file_location("flashmoe._core", path)
+    core = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(core)
+    sys.modules["flashmoe._core"] = core
+    C.CDLL(path).fm_metal_timeout_set(600)  # the runner is slow, and may share its machine
+else:  # a Mac's own
+    core = importlib.import_module("flashmoe._core")
 sys.path.insert(0, str(mslc.REPO / "tests"))
 import engines
 
@@ -32,7 +36,6 @@ if os.environ.get("METAL_CORE_ROWS"):
 else:
     engines.CHUNK_BOUND = engines.BOUND  # seen: 3e-4, where the CPU's chunks differ by 2e-4 at most
     engines.SAME_BITS = False
-C.CDLL(path).fm_metal_timeout_set(600)  # the runner is slow, and may share its machine
 core.cpu_variants = lambda: ["ref"]  # no product is the CPU's here: one variant stands for all
 
 Plain = core.Engine

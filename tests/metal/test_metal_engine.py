@@ -32,10 +32,10 @@ def core():
 ROWS = {"METAL_CORE_ROWS": "1"}
 RUNS = {  # name: (environment, what pytest is given); the longest first
     "session": (ROWS, ["test_session.py"]),
-    "arch": ({}, ["test_arch.py"]),
-    "faults": (ROWS, ["test_faults.py", "test_faults_random.py"]),
     "chunks": (ROWS, ["test_arch.py", "-k", "chunks or max_rows"]),
+    "arch": ({}, ["test_arch.py"]),
     "experts": (ROWS, ["test_experts.py"]),
+    "faults": (ROWS, ["test_faults.py", "test_faults_random.py"]),
 }
 
 
