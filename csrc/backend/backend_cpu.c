@@ -16,7 +16,7 @@ typedef struct cpu_backend {
     size_t temp_bytes;
 } cpu_backend;
 
-enum { TASK_BYTES = 64 << 10 }; /* weights per task: coarse enough to hand out, fine enough to share */
+enum { TASK_BYTES = 160 << 10 }; /* weights per task: coarse enough to hand out, fine enough to share */
 
 static fm_status reserve(void **p, size_t *have, size_t want)
 {
@@ -209,12 +209,12 @@ static int64_t mat_row_bytes(const fm_mat *W) { return W->codes_stride + 2 * W->
 
 enum { MANY_ROWS = 8 }; /* from here on a task's cost is arithmetic, and its set-up is per row of x */
 
-/* Weight rows per task: by bytes (all that is fair when x has many rows), whole kernel tiles, and never so few tasks
+/* Weight rows per task, of n_mats like W: by bytes (all that is fair when x has many rows), whole kernel tiles, and never so few tasks
  * that threads idle. */
-static int64_t mat_block(const fm_mat *W, int64_t n, int n_threads)
+static int64_t mat_block(const fm_mat *W, int64_t n_mats, int64_t n, int n_threads)
 {
     int64_t rows = n < MANY_ROWS ? rows_per_task(mat_row_bytes(W)) : W->n_rows;
-    const int64_t fair = (W->n_rows + 4 * n_threads - 1) / (4 * n_threads);
+    const int64_t fair = (n_mats * W->n_rows + 4 * n_threads - 1) / (4 * n_threads);
     rows = rows < fair ? rows : fair;
     return (rows < 32 ? 32 : rows + 31) / 32 * 32;
 }
@@ -267,7 +267,7 @@ static fm_status cpu_matmul(fm_backend *b, const float *x, int64_t ldx, int64_t 
         FM_TRY(prepare(c, &act, n));
     int64_t first[MAX_ITEMS + 1] = {0}, block[MAX_ITEMS];
     for (int i = 0; i < n_items; i++) {
-        block[i] = mat_block(items[i].W, n, fm_pool_threads(c->pool));
+        block[i] = mat_block(items[i].W, 1, n, fm_pool_threads(c->pool));
         first[i + 1] = first[i] + (items[i].W->n_rows + block[i] - 1) / block[i];
         if (items[i].add && n_items > 1)
             return fm_fail(FM_ERR_ARG, "matmul: an adding matrix must be alone in its call");
@@ -523,7 +523,7 @@ static void experts_phase(cpu_backend *c, const fm_expert_args *a, const fm_act 
     const fm_mat *W = down ? &a->jobs[0].down : &a->jobs[0].gate;
     const int n_threads = fm_pool_threads(c->pool);
     /* Many experts at work: one task each. */
-    const int64_t block = a->n_jobs >= 16 * n_threads ? W->n_rows : mat_block(W, 1, n_threads);
+    const int64_t block = a->n_jobs >= 16 * n_threads ? W->n_rows : mat_block(W, a->n_jobs, 1, n_threads);
     experts_ctx x = {c->k, a, act, block, 0, first_row, down};
     x.tasks_per_job = (W->n_rows + x.block - 1) / x.block;
     fm_parallel_for(c->pool, a->n_jobs * x.tasks_per_job, experts_task, &x);

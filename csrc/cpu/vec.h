@@ -62,6 +62,23 @@ FM_INLINE float vf_top(vf v)
     return v[0] > v[1] ? v[0] : v[1];
 }
 
+FM_INLINE int32_t vi_top(vi v)
+{
+#if VB == 64
+    vi w = __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7);
+    v = ((v > w) & v) | ((v <= w) & w);
+    w = __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11);
+    v = ((v > w) & v) | ((v <= w) & w);
+#elif VB == 32
+    vi w = __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3);
+    v = ((v > w) & v) | ((v <= w) & w);
+#endif
+    int32_t m = v[0];
+    for (int i = 1; i < 4; i++)
+        m = v[i] > m ? v[i] : m;
+    return m;
+}
+
 /* e^x: |error| <= 2 ulp for -87.3 <= x <= 88.7; 0 below (no denormals), +inf above, NaN stays NaN.
  * x = k ln2 + r, |r| <= ln2/2, e^r by its Taylor series to r^7/7! (truncation < 2^-27). */
 FM_INLINE vf vf_exp(vf x)

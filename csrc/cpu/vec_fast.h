@@ -55,10 +55,7 @@ FM_INLINE void fast_block(const float *x, int64_t n, int8_t *to, float *xs, floa
         const vi more = abs > top;
         top = (abs & more) | (top & ~more);
     }
-    int32_t lanes[VL], max = 0;
-    memcpy(lanes, &top, sizeof top);
-    for (int i = 0; i < VL; i++)
-        max = lanes[i] > max ? lanes[i] : max;
+    const int32_t max = vi_top(top);
     float amax;
     memcpy(&amax, &max, sizeof amax);
     if (max < 0x0d800000) /* 2^-100: as good as 0, and FAST_TOP / amax must not overflow */
@@ -66,17 +63,25 @@ FM_INLINE void fast_block(const float *x, int64_t n, int8_t *to, float *xs, floa
     const float inv = amax == 0 ? 0 : FAST_TOP / amax;
     *xs = amax / FAST_TOP;
     typedef int8_t part __attribute__((vector_size(VL)));
-    int32_t s16[4] = {0}, q[64];
+    vi q[64 / VL];
 #pragma GCC unroll 16
     for (int i = 0; i < 64 / VL; i++) {
         const vi all = vf_round_i(v[i] * inv), hi = (all + 64) >> 7;
         const part h = __builtin_convertvector(hi, part), l = __builtin_convertvector(all - (hi << 7), part);
         memcpy(to + i * VL, &h, sizeof h);
         memcpy(to + 64 + i * VL, &l, sizeof l);
-        memcpy(q + i * VL, &all, sizeof all);
+        q[i] = (vi)((vu)all << 8) >> 8; /* NaN rounds to anything: its scale settles the result */
     }
-    for (int i = 0; i < 64; i++) /* NaN rounds to anything: its scale settles the result */
-        s16[i / 16] += (int32_t)((uint32_t)q[i] << 8) >> 8;
+#pragma GCC unroll 4
+    for (int n = 32 / VL; n > 0; n /= 2)
+#pragma GCC unroll 8
+        for (int i = 0; i < n; i++)
+            q[i] = vi_hadd(q[2 * i], q[2 * i + 1]);
+#pragma GCC unroll 2
+    for (int n = VL; n > 4; n /= 2)
+        q[0] = vi_hadd(q[0], q[0]);
+    int32_t s16[VL];
+    memcpy(s16, &q[0], sizeof s16);
     for (int i = 0; i < 4; i++)
         qs16[i] = (float)s16[i];
     qs32[0] = (float)(s16[0] + s16[1]);
