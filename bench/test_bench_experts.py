@@ -2,7 +2,22 @@
 
 import pytest
 
-SMALL = "--hidden 1024 --width 256 --layers 2 --experts 64 --k 4 --tokens 16 --runs 2".split()
+SMALL = [
+    "--hidden",
+    "1024",
+    "--width",
+    "256",
+    "--layers",
+    "2",
+    "--experts",
+    "64",
+    "--k",
+    "4",
+    "--tokens",
+    "16",
+    "--runs",
+    "2",
+]
 
 
 @pytest.mark.parametrize("slots", [16, 128])
