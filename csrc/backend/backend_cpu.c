@@ -380,14 +380,14 @@ static fm_status attend_span(cpu_backend *c, const fm_attention_args *a, int spa
 {
     const fm_span *sp = &a->spans[span];
     const int64_t nkv = a->a.n_kv_heads, per = a->a.n_heads / nkv, query = fm_attn_part_floats(a->a.head_dim);
-    const int64_t fit = FM_ATTN_QUERIES / per, n_threads = fm_pool_threads(c->pool);
+    const int64_t fit = FM_ATTN_PASS / per, n_threads = fm_pool_threads(c->pool);
     const bool few = sp->n <= FM_ATTN_FEW_ROWS && n_threads > 1 && nkv < 4 * n_threads;
     const int64_t parts = (sp->pos0 + sp->n + FM_ATTN_PART - 1) / FM_ATTN_PART;
     const int64_t most = (a->kv[span].capacity + FM_ATTN_PART - 1) / FM_ATTN_PART;
-    const int64_t of_rows = n_threads * FM_ATTN_QUERIES, of_parts = few ? most * sp->n * a->a.n_heads : 0;
+    const int64_t of_rows = n_threads * FM_ATTN_PASS, of_parts = few ? most * sp->n * a->a.n_heads : 0;
     const int64_t room = query * (of_rows > of_parts ? of_rows : of_parts);
     FM_TRY(reserve((void **)&c->temp, &c->temp_bytes, (size_t)room * sizeof(float)));
-    attend_ctx x = {c->k, a, c->temp, query * FM_ATTN_QUERIES, fit < 1 ? 1 : fit, span};
+    attend_ctx x = {c->k, a, c->temp, query * FM_ATTN_PASS, fit < 1 ? 1 : fit, span};
     if (few && parts > 1) {
         x.n_floats = query * sp->n * a->a.n_heads;
         fm_parallel_for(c->pool, parts * nkv, attend_part_task, &x);

@@ -71,7 +71,7 @@ typedef struct fm_kv_head {
 } fm_kv_head;
 
 enum {
-    FM_ATTN_QUERIES = 128, /* queries (rows x heads of a KV head) that share one pass over K and V */
+    FM_ATTN_PASS = 128, /* queries (rows x heads of a KV head) that share one pass over K and V */
     /* Positions of a part. Every query is summed part by part, so its bits are the same whoever computes the parts. */
     FM_ATTN_PART = 512,
     FM_ATTN_FEW_ROWS = 4, /* of a span: up to here the CPU backend divides the positions among threads */
@@ -122,8 +122,8 @@ typedef struct fm_kernels {
     void (*kv_store)(fm_quant format, const float *x, int64_t n, void *out);
     /* Rows r0 <= r < r1 of one sequence, the n_heads/n_kv_heads query heads that read kv_head: row r attends to
      * positions 0 .. n_before + r; softmax with max subtraction; then * sigmoid(gate). Bound: 2^-18 * max|v| per
-     * element, over K and V as stored. A tile of K and V is read once for FM_ATTN_QUERIES queries: give rows in blocks
-     * of that many / (n_heads / n_kv_heads), counted from r0. scratch: FM_ATTN_QUERIES * fm_attn_part_floats. */
+     * element, over K and V as stored. A tile of K and V is read once for FM_ATTN_PASS queries: give rows in blocks
+     * of that many / (n_heads / n_kv_heads), counted from r0. scratch: FM_ATTN_PASS * fm_attn_part_floats. */
     void (*attend_rows)(const fm_attn_args *a, int64_t r0, int64_t r1, int64_t kv_head, const fm_kv_head *kv,
                         int64_t n_before, float *scratch);
     /* The same, the positions divided among threads: attend_part sums positions part*FM_ATTN_PART and on for those of

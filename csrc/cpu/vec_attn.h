@@ -13,7 +13,7 @@
 enum {
     ATTN_TILE = 64,   /* positions; a multiple of ATTN_PV * VL */
     ATTN_DIMS = 128,  /* dims transposed at a time */
-    ATTN_MAX = FM_ATTN_QUERIES,
+    ATTN_MAX = FM_ATTN_PASS,
     ATTN_QB = FM_VEC_ISA == FM_VEC_AVX2 ? 4 : 8, /* queries, and vectors of positions, per block of scores */
     ATTN_PV = 2,
     ATTN_VB = FM_VEC_ISA == FM_VEC_AVX2 ? 2 : 4, /* queries, and vectors, per block of values */

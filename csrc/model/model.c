@@ -73,7 +73,7 @@ static size_t device_bytes(const fm_config *c, int64_t k, int64_t rows, int64_t 
 /* Attention's scratch: a block of queries per thread, or the parts of the positions of few rows. */
 static int64_t attend_floats(const fm_config *c, int64_t rows, int64_t context, int64_t n_threads)
 {
-    const int64_t few = rows < FM_ATTN_FEW_ROWS ? rows : FM_ATTN_FEW_ROWS, blocks = n_threads * FM_ATTN_QUERIES;
+    const int64_t few = rows < FM_ATTN_FEW_ROWS ? rows : FM_ATTN_FEW_ROWS, blocks = n_threads * FM_ATTN_PASS;
     const int64_t parts = n_threads > 1 ? (context + FM_ATTN_PART - 1) / FM_ATTN_PART : 0;
     const int64_t queries = parts * few * c->num_attention_heads;
     return has(c->mixers, c->num_hidden_layers, FM_MIXER_FULL)

@@ -170,7 +170,7 @@ static void check_attention(const fm_kernels *k, fm_quant format, int64_t nh, in
     const int64_t query = fm_attn_part_floats(hd), n_parts = (total + FM_ATTN_PART - 1) / FM_ATTN_PART;
     float *q = odd_floats(n * ldq, s), *K = odd_floats(total * hd, s), *V = odd_floats(total * hd, s);
     float *y1 = odd_floats(n * ldy, s), *y2 = odd_floats(n * ldy, s), *y3 = odd_floats(n * ldy, s);
-    float *scratch = malloc((size_t)(FM_ATTN_QUERIES * query) * sizeof *scratch);
+    float *scratch = malloc((size_t)(FM_ATTN_PASS * query) * sizeof *scratch);
     float *parts = malloc((size_t)(n_parts * n * per * query) * sizeof *parts);
     const size_t bytes = (size_t)(total * hd * fm_quant_get(format)->bits / 8);
     uint8_t *k_odd = malloc(bytes + 1), *v_odd = malloc(bytes + 1);
@@ -216,7 +216,7 @@ static void check_attention(const fm_kernels *k, fm_quant format, int64_t nh, in
 static void attend_overflow(const fm_kernels *k)
 {
     enum { HD = 40, N = 70 };
-    static float x[N * HD], q[HD], y[HD], scratch[FM_ATTN_QUERIES * 80];
+    static float x[N * HD], q[HD], y[HD], scratch[FM_ATTN_PASS * 80];
     static uint16_t K[N * HD], V[N * HD];
     for (int i = 0; i < N * HD; i++)
         x[i] = 1;
