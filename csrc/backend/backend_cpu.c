@@ -157,23 +157,36 @@ static fm_status cpu_add_gated(fm_backend *b, const float *x, const float *gate,
     return FM_OK;
 }
 
+/* Exponent bits all ones <=> NaN or infinity. */
+static bool has_nonfinite(const float *x, int64_t n)
+{
+    typedef uint32_t v8 __attribute__((vector_size(32)));
+    const uint32_t ones = 0x7f800000u;
+    v8 bad = {0};
+    int64_t i = 0;
+    for (; i + 8 <= n; i += 8) {
+        v8 v;
+        memcpy(&v, x + i, sizeof v);
+        bad |= (v8)((v & ones) == ones);
+    }
+    uint32_t any = 0;
+    for (int j = 0; j < 8; j++)
+        any |= bad[j];
+    for (; i < n; i++) {
+        uint32_t bits;
+        memcpy(&bits, x + i, sizeof bits);
+        any |= (bits & ones) == ones;
+    }
+    return any != 0;
+}
+
 static fm_status cpu_find_nonfinite(fm_backend *b, const float *x, int64_t n, int64_t n_cols, int64_t *row)
 {
     (void)b;
     *row = -1;
-    for (int64_t r = 0; r < n; r++) {
-        uint32_t worst = 0; /* exponent bits all ones <=> NaN or infinity */
-        for (int64_t i = 0; i < n_cols; i++) {
-            uint32_t bits;
-            memcpy(&bits, &x[r * n_cols + i], 4);
-            bits &= 0x7f800000u;
-            worst = bits > worst ? bits : worst;
-        }
-        if (worst == 0x7f800000u) {
+    for (int64_t r = 0; r < n && *row < 0; r++)
+        if (has_nonfinite(x + r * n_cols, n_cols))
             *row = r;
-            break;
-        }
-    }
     return FM_OK;
 }
 

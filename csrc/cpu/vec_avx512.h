@@ -20,6 +20,17 @@ FM_INLINE vf vf_from_bf16(const void *p)
 
 FM_INLINE vh vf_to_f16(vf x) { return (vh)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
+/* Past the caches, where p is aligned; vf_stream_end before another thread may look. */
+FM_INLINE void vf_stream(float *p, vf v)
+{
+    if (((uintptr_t)p & 63) == 0)
+        _mm512_stream_ps(p, (__m512)v);
+    else
+        vf_store(p, v);
+}
+
+FM_INLINE void vf_stream_end(void) { _mm_sfence(); }
+
 /* n <= VL elements, the rest 0; no byte past them is touched. */
 FM_INLINE vh vh_load_part(const void *p, int64_t n)
 {

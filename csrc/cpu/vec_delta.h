@@ -75,7 +75,10 @@ FM_INLINE void delta_columns(const delta_rows *d, int64_t j, const float *S, flo
             for (int x = 0; x < NV; x++) {
                 const int64_t at = i * ld + x * VL;
                 const vf s = vf_fma(ki, delta[x], alpha * delta_load(S + at, part));
-                delta_store(S_out + at, s, part);
+                if (!many && part == VL)
+                    vf_stream(S_out + at, s); /* larger than the caches: reading it first is waste */
+                else
+                    delta_store(S_out + at, s, part);
                 o[x] = vf_fma(qi, s, o[x]);
                 if (many)
                     u[x] = vf_fma(ni, s, u[x]);
@@ -166,6 +169,7 @@ FM_STATIC void delta_vec(const fm_delta_args *a, int64_t h, int64_t n, const flo
             .n = nt, .dk = dk, .dv = dv, .ld_v = a->ld_qkv, .ld_o = a->ld_y,
         };
         delta_state(&d, t0 == 0 ? S_in : S_out, S_out);
+        vf_stream_end();
         for (int64_t t = t0; t < t0 + nt; t++)
             delta_output(a, t, h);
     }

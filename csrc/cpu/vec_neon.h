@@ -92,6 +92,9 @@ FM_INLINE vu v_plane(vu d, int planes, int p)
     return d >> (p * 8 / planes) & (uint32_t)(0x01010101u * ((1u << (8 / planes)) - 1));
 }
 
+FM_INLINE void vf_stream(float *p, vf v) { vf_store(p, v); }
+FM_INLINE void vf_stream_end(void) {}
+
 FM_INLINE vi vi_hadd(vi a, vi b) { return (vi)vpaddq_s32((int32x4_t)a, (int32x4_t)b); }
 
 FM_INLINE vi vi_quad(const vi *h, const vi *l, bool small)

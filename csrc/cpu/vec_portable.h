@@ -65,6 +65,9 @@ FM_INLINE vu v_plane(vu d, int planes, int p)
     return d >> (p * 8 / planes) & (uint32_t)(0x01010101u * ((1u << (8 / planes)) - 1));
 }
 
+FM_INLINE void vf_stream(float *p, vf v) { vf_store(p, v); }
+FM_INLINE void vf_stream_end(void) {}
+
 FM_INLINE vi vi_hadd(vi a, vi b) { return (vi){a[0] + a[1], a[2] + a[3], b[0] + b[1], b[2] + b[3]}; }
 
 FM_INLINE vi vi_quad(const vi *h, const vi *l, bool small)
