@@ -84,8 +84,9 @@ FM_INLINE void rows_batch(const uint8_t *code, int64_t have, const rows_work *w,
 #pragma GCC unroll 4
     for (int j = 0; j < n_chunks; j += 4) {
         vi h[FAST_MAX_T][4] = {{{0}}}, l[FAST_MAX_T][4] = {{{0}}};
+        const int n = n_chunks < 4 ? n_chunks : 4; /* one condition: gcc -O0 warns of a pragma before two */
 #pragma GCC unroll 4
-        for (int i = 0; i < 4 && i < n_chunks; i++, code += step, have -= step) {
+        for (int i = 0; i < n; i++, code += step, have -= step) {
             vu d;
             if (bits == 8 || planes > 1) /* computing fills the core's window: too few lines are under way by itself */
                 __builtin_prefetch(code + (planes == 4 ? 2 * ROWS_AHEAD : ROWS_AHEAD), 0, 3);
