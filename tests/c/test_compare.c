@@ -173,7 +173,7 @@ static fm_status call_experts(fm_backend *b, arrays *a)
 static fm_status call_combine(fm_backend *b, arrays *a)
 {
     static const int32_t start[] = {0, 2, 2, 3}, index[] = {2, 0, 1};
-    const fm_combine_args c = {a->y, ROWS, H, a->h, start, index, a->norm};
+    const fm_combine_args c = {a->y, ROWS, H, a->h, start, index, a->norm, ROWS};
     return b->v->combine(b, &c);
 }
 static fm_status call_add_gated(fm_backend *b, arrays *a) { return b->v->add_gated(b, a->x, a->norm, a->y, ROWS, H); }
