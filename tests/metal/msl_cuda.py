@@ -69,7 +69,12 @@ def alloc(n):
 class Args(C.Structure):
     """msl_cargs of runtime/msl_cuda_glue.h."""
 
-    _fields_ = [("b", C.c_uint64 * 31), ("off", C.c_uint * 31), ("grid", C.c_uint * 3)]
+    _fields_ = [("b", C.c_uint64 * 31), ("pad", C.c_uint64), ("bytes", C.c_ubyte * 64 * 31),
+                ("off", C.c_uint * 31), ("grid", C.c_uint * 3), ("tail", C.c_uint * 2)]  # fmt: skip
+
+    def set_bytes(self, i, raw):
+        """The struct of binding i; what is longer than a slot is bound as a buffer only."""
+        C.memmove(self.bytes[i], bytes(raw[:64]), min(len(raw), 64))
 
 
 def three(n):
@@ -119,7 +124,8 @@ class Library:
                 b = bytes(b)
             if isinstance(b, bytes):
                 words = np.frombuffer(b + bytes(-len(b) % 8), np.uint64)
-                tables += [int(w) for w in words if w > 1 << 32]
+                tables += [int(w) for w in words]
+                args.set_bytes(i, b)
                 b = np.frombuffer(bytearray(b), np.uint8)
             kept.append((i, b, b.ctypes.data, b.ctypes.data + b.nbytes))
         spans = []  # overlapping host ranges share an allocation
@@ -157,7 +163,8 @@ def compile_variant(job):
 
     name, fc, out = job
     ptx = out.with_suffix(".ptx")
-    mslc.compile_cuda(mslc.KERNELS / f"{name}.metal", ptx, fc)
+    source = (HERE if name == "copy" else mslc.KERNELS) / f"{name}.metal"
+    mslc.compile_cuda(source, ptx, fc)
     mslc.run_tool(["ptxas", "-arch=sm_90", "-O3", ptx, "-o", out], f"ptxas {ptx}")
     ptx.unlink()
     ptx.with_suffix(".cu").unlink()
@@ -174,9 +181,12 @@ def pack(directory):
     cmd += ["-p", "no:cacheprovider", "-k", SELECT, *[HERE / t for t in TESTS]]
     subprocess.run([str(c) for c in cmd], env={**os.environ, "MSL_CUDA_RECORD": str(log)},
                    check=True)  # fmt: skip
+    from msl_cuda_bench import bench_constants
+
     wanted = {}
     rows = [json.loads(line) for line in log.read_text().splitlines()]
-    for name, fc in rows + [("matvec", bench_constants(b, g)) for b in (2, 4) for g in (0, 1)]:
+    rows += [("matvec", bench_constants(b, g)) for b in (2, 4) for g in (0, 1)] + [("copy", {})]
+    for name, fc in rows:
         file, fc = variant(name, fc)
         wanted[file] = (name, fc, directory / file)
     with ThreadPoolExecutor(2) as pool:
@@ -187,91 +197,21 @@ def pack(directory):
 def test(directory):
     """The kernel tests on the GPU."""
     tool = shlex.split(os.environ.get("MSL_CUDA_TOOL", ""))
-    cmd = [*tool, sys.executable, "-m", "pytest", "-q", "-c", HERE / "child.ini", "-x"]
+    cmd = [*tool, sys.executable, "-m", "pytest", "-q", "--tb=short", "-c", HERE / "child.ini"]
     cmd += ["--confcutdir", HERE, "-p", "no:cacheprovider"]
     cmd += ["-k", os.environ.get("MSL_CUDA_SELECT", SELECT), *[HERE / t for t in TESTS]]
     env = {**os.environ, "MSL_CUDA": str(directory), "MSL_CHILD": "1"}
     return subprocess.run([str(c) for c in cmd], env=env).returncode
 
 
-def bench_constants(bits, gated):
-    return {"FC_FORMAT": bits, "FC_GROUP": 64, "FC_SCALE": 17, "FC_VEC": 1, "FC_GATED": gated}
-
-
-def elapsed(work, n):
-    """Seconds per call of work(i), by events; the best of 3 rounds of n calls."""
-    events = [C.c_void_p(), C.c_void_p()]
-    for e in events:
-        call("cuEventCreate", C.byref(e), 0)
-    best = 1e9
-    for _ in range(4):
-        call("cuEventRecord", events[0], None)
-        for i in range(n):
-            work(i)
-        call("cuEventRecord", events[1], None)
-        call("cuEventSynchronize", events[1])
-        ms = C.c_float()
-        call("cuEventElapsedTime_v2" if hasattr(driver(), "cuEventElapsedTime_v2")
-             else "cuEventElapsedTime", C.byref(ms), *events)  # fmt: skip
-        best = min(best, ms.value / 1e3 / n)
-    return best
-
-
-def bench(directory):
-    """GB/s of 10 experts' gate+up and down at 397B shapes; 12 sets of experts, so never in L2."""
-    from metal_args import CONST, args, table
-
-    os.environ["MSL_CUDA"] = str(directory)
-    hidden, width, k, sets = 4096, 1024, 10, 12
-    n = 2 << 30
-    src, dst = alloc(n), alloc(n)
-    t = elapsed(lambda i: call("cuMemcpyDtoDAsync_v2", C.c_uint64(dst), C.c_uint64(src),
-                               C.c_size_t(n), None), 4)  # fmt: skip
-    copy = 2 * n / t / 1e9
-    print(json.dumps({"copy_GBps_read_plus_write": round(copy)}))
-    x, y = alloc(4 * hidden * k), alloc(4 * hidden * k)
-    for bits in (4, 2):
-        for gated, n_out, n_cols in ((1, width, hidden), (0, hidden, width)):
-            codes, scales = n_cols * bits // 8, n_cols // 64 * 2
-            per = n_out * (codes + 2 * scales) * (1 + gated)
-            weights = [alloc(per * k) for _ in range(sets)]
-            ready = []
-            for w in weights:
-                call("cuMemsetD8_v2", C.c_uint64(w), 0, C.c_size_t(per * k))
-                items = []
-                for e in range(k):
-                    at = w + e * per
-                    part = [at, at + n_out * codes, at + n_out * (codes + scales)]
-                    up = [p + per // 2 for p in part] if gated else part
-                    items.append(args("fm_metal_item", codes=part[0], scales=part[1],
-                                      biases=part[2], up_codes=up[0], up_scales=up[1],
-                                      up_biases=up[2], y=y + 4 * e * n_out, n_out=n_out,
-                                      ldy=n_out, n=1))  # fmt: skip
-                m = args("fm_mat_args", n_cols=n_cols, ldx=n_cols, codes_stride=codes,
-                         scales_stride=scales)  # fmt: skip
-                a = Args()
-                for i, raw in enumerate((table(items), bytes(m))):
-                    a.b[i] = alloc(len(raw))
-                    call("cuMemcpyHtoD_v2", C.c_uint64(a.b[i]), raw, C.c_size_t(len(raw)))
-                a.b[2] = a.b[3] = x
-                ready.append(a)
-            rows = CONST["FM_MV_ROWS"] * CONST["FM_MV_SIMDGROUPS"]
-            fc = tuple(sorted(bench_constants(bits, gated).items()))
-            fn = function(str(directory), "matvec", fc, "mat_vec")
-            groups, tg = (-(-n_out // rows), k, 1), (32 * CONST["FM_MV_SIMDGROUPS"], 1, 1)
-            t = elapsed(lambda i, r=ready, f=fn, g=groups, z=tg: launch(f, r[i % sets], g, z), 48)
-            for w in weights:
-                call("cuMemFree_v2", C.c_uint64(w))
-            print(json.dumps({"bits": bits, "matrix": "gate+up" if gated else "down",
-                              "experts": k, "us": round(t * 1e6, 1),
-                              "GBps": round(per * k / t / 1e9),
-                              "of_copy": round(per * k / t / 1e9 / copy, 3)}))  # fmt: skip
-
-
 def main():
     command, directory = sys.argv[1], Path(sys.argv[2]).resolve()
     sys.path.insert(0, str(HERE))
-    return {"pack": pack, "test": test, "bench": bench}[command](directory)
+    if command == "bench":
+        import msl_cuda_bench
+
+        return msl_cuda_bench.bench(directory)
+    return {"pack": pack, "test": test}[command](directory)
 
 
 if __name__ == "__main__":

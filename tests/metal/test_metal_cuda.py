@@ -13,6 +13,7 @@ from pathlib import Path
 import msl_cuda
 import pytest
 from conftest import HERE, in_child
+from msl_cuda_bench import bench_constants
 
 LIBDEVICE = Path("/usr/local/cuda/nvvm/libdevice/libdevice.10.bc")
 toolkit = pytest.mark.skipif(
@@ -34,7 +35,7 @@ gpu = pytest.mark.skipif(not has_gpu(), reason="no NVIDIA GPU")
 @in_child
 @pytest.mark.parametrize("name", ["matvec", "matmul", "rows", "attention", "delta", "topk"])
 def test_compiles(name, tmp_path):
-    fc = {**msl_cuda.bench_constants(4, 1), "FC_DIM": 128}
+    fc = {**bench_constants(4, 1), "FC_DIM": 128}
     file, fc = msl_cuda.variant(name, fc)
     msl_cuda.compile_variant((name, fc, tmp_path / file))
     assert (tmp_path / file).stat().st_size > 1000

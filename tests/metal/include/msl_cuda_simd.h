@@ -1,49 +1,34 @@
-// Barriers and simdgroup operations as warp operations: a simdgroup is a warp of 32 lanes.
-// Each operation names the lanes that are active when it runs (activemask); the kernels use them
-// under uniform control, where that is the whole warp.
+// Barriers and simdgroup operations as warp operations: a simdgroup is a warp of 32 lanes. All of
+// them take part, as the kernels promise; a warp that breaks this hangs, or synccheck names it.
 #ifndef MSL_CUDA_SIMD_H
 #define MSL_CUDA_SIMD_H
 namespace metal {
 #define MSL_DEV __attribute__((__device__))
 enum class mem_flags : unsigned { mem_none = 0, mem_device = 1, mem_threadgroup = 2 };
 MSL_DEV inline void threadgroup_barrier(mem_flags) { __syncthreads(); }
-MSL_DEV inline unsigned msl_active() {
-    unsigned m;
-    asm volatile("activemask.b32 %0;" : "=r"(m));
-    return m;
-}
-MSL_DEV inline void simdgroup_barrier(mem_flags) { __nvvm_bar_warp_sync(msl_active()); }
+MSL_DEV inline void simdgroup_barrier(mem_flags) { __nvvm_bar_warp_sync(~0u); }
 MSL_DEV inline unsigned msl_laneid() { return __nvvm_read_ptx_sreg_laneid(); }
 
-template <class T> MSL_DEV inline T msl_shfl(T x, int src, unsigned m) {
-    static_assert(sizeof(T) <= 16, "");
-    constexpr int n = (sizeof(T) + 3) / 4;
-    unsigned w[n] = {};
-    __builtin_memcpy(w, &x, sizeof(T));
-    for (int i = 0; i < n; i++)
-        w[i] = __nvvm_shfl_sync_idx_i32(m, w[i], src, 31);
-    __builtin_memcpy(&x, w, sizeof(T));
-    return x;
-}
-// Butterfly over all lanes; with some lanes missing, one by one.
+// A T as 32-bit words through one of the shuffles of the hardware.
+#define MSL_SHUFFLE(name, builtin)                                                                 \
+    template <class T> MSL_DEV inline T name(T x, int at) {                                        \
+        static_assert(sizeof(T) <= 16, "");                                                        \
+        constexpr int n = (sizeof(T) + 3) / 4;                                                     \
+        unsigned w[n] = {};                                                                        \
+        __builtin_memcpy(w, &x, sizeof(T));                                                        \
+        for (int i = 0; i < n; i++)                                                                \
+            w[i] = builtin(~0u, w[i], at, 31);                                               \
+        __builtin_memcpy(&x, w, sizeof(T));                                                        \
+        return x;                                                                                  \
+    }
+MSL_SHUFFLE(msl_shfl, __nvvm_shfl_sync_idx_i32)
+MSL_SHUFFLE(msl_bfly, __nvvm_shfl_sync_bfly_i32)
 #define MSL_REDUCE(name, op)                                                                       \
-    template <class T> MSL_DEV inline T name(T x) {                                                \
-        const unsigned m = msl_active();                                                           \
-        T a = x;                                                                                   \
-        if (m == ~0u) {                                                                            \
-            for (int s = 16; s; s >>= 1) {                                                         \
-                T b = msl_shfl(a, msl_laneid() ^ s, m);                                            \
-                a = (op);                                                                          \
-            }                                                                                      \
-            return a;                                                                              \
+    template <class T> MSL_DEV inline T name(T a) {                                                \
+        for (int s = 16; s; s >>= 1) {                                                             \
+            T b = msl_bfly(a, s);                                                                  \
+            a = (op);                                                                              \
         }                                                                                          \
-        bool first = true;                                                                         \
-        for (int l = 0; l < 32; l++)                                                               \
-            if (m >> l & 1) {                                                                      \
-                T b = msl_shfl(x, l, m);                                                           \
-                a = first ? b : (op);                                                              \
-                first = false;                                                                     \
-            }                                                                                      \
         return a;                                                                                  \
     }
 MSL_REDUCE(simd_sum, a + b)
@@ -51,17 +36,11 @@ MSL_REDUCE(simd_max, a > b ? a : b)
 MSL_REDUCE(simd_min, a < b ? a : b)
 MSL_REDUCE(simd_or, a | b)
 MSL_REDUCE(simd_and, a & b)
-template <class T> MSL_DEV inline T simd_shuffle(T x, ushort l) {
-    return msl_shfl(x, l, msl_active());
-}
-template <class T> MSL_DEV inline T simd_broadcast(T x, ushort l) {
-    return msl_shfl(x, l, msl_active());
-}
-template <class T> MSL_DEV inline T simd_shuffle_xor(T x, ushort m) {
-    return msl_shfl(x, msl_laneid() ^ m, msl_active());
-}
-MSL_DEV inline bool simd_any(bool x) { return __nvvm_vote_any_sync(msl_active(), x); }
-MSL_DEV inline bool simd_all(bool x) { return __nvvm_vote_all_sync(msl_active(), x); }
+template <class T> MSL_DEV inline T simd_shuffle(T x, ushort l) { return msl_shfl(x, l); }
+template <class T> MSL_DEV inline T simd_broadcast(T x, ushort l) { return msl_shfl(x, l); }
+template <class T> MSL_DEV inline T simd_shuffle_xor(T x, ushort m) { return msl_bfly(x, m); }
+MSL_DEV inline bool simd_any(bool x) { return __nvvm_vote_any_sync(~0u, x); }
+MSL_DEV inline bool simd_all(bool x) { return __nvvm_vote_all_sync(~0u, x); }
 
 // simdgroup_matrix with the element layout of msl_simd_matrix.h; products in f32, not tensor cores.
 MSL_DEV inline void msl_mpos(unsigned lane, int &r, int &c) {
@@ -109,11 +88,10 @@ MSL_DEV inline void simdgroup_multiply_accumulate(simdgroup_matrix<D, 8, 8> &d,
     int r, cc;
     msl_mpos(msl_laneid(), r, cc);
     float s0 = c.e[0], s1 = c.e[1];
-    const unsigned m = msl_active();
     for (int k = 0; k < 8; k += 2) {
-        vec<A, 2> av = msl_shfl(a.e, msl_mlane(r, k), m);
-        vec<B, 2> b0 = msl_shfl(b.e, msl_mlane(k, cc), m);
-        vec<B, 2> b1 = msl_shfl(b.e, msl_mlane(k + 1, cc), m);
+        vec<A, 2> av = msl_shfl(a.e, msl_mlane(r, k));
+        vec<B, 2> b0 = msl_shfl(b.e, msl_mlane(k, cc));
+        vec<B, 2> b1 = msl_shfl(b.e, msl_mlane(k + 1, cc));
         s0 += (float)av[0] * (float)b0[0] + (float)av[1] * (float)b1[0];
         s1 += (float)av[0] * (float)b0[1] + (float)av[1] * (float)b1[1];
     }

@@ -1,6 +1,8 @@
-/* The same calls for CUDA: bindings by value, dynamic shared memory for [[threadgroup(n)]]. */
+/* The same calls for CUDA: bindings by value, dynamic shared memory for [[threadgroup(n)]].
+ * Structs bound as `constant T &` travel in the launch's parameters, as Metal's setBytes does. */
 struct msl_cargs {
     void *b[31];
+    __attribute__((aligned(16))) char bytes[31][64];
     unsigned off[31]; /* byte offset of each threadgroup parameter in dynamic shared memory */
     unsigned grid[3]; /* threads of the grid */
 };
@@ -58,7 +60,10 @@ template <class T> struct get<T *> {
     }
 };
 template <class T> struct get<T &> {
-    MSL_DEVICE static T &of(const msl_cargs &a, int, int i) { return *(T *)a.b[i]; }
+    MSL_DEVICE static T &of(const msl_cargs &a, int, int i) {
+        static_assert(sizeof(T) <= sizeof a.bytes[0], "a larger struct needs larger slots");
+        return *(T *)a.bytes[i];
+    }
 };
 template <class... A, class... I>
 MSL_DEVICE inline void call(void (*f)(A...), const msl_cargs &a, I... p) {
