@@ -49,6 +49,9 @@ enum {
     FM_NORM_THREADS = 256,
     FM_ATTN_MAX_DIM = 256,
     FM_ATTN_SIMDGROUPS = 8,
+    FM_ATTN_LEAST_PART = 256, /* decode attention: fewest positions of a part ... */
+    FM_ATTN_MOST_PARTS = 32,  /* ... and most parts of a row */
+    FM_ATTN_MERGE = 64,  /* threads that merge the parts of a row and head */
     FM_ATTN_QUERIES = 8, /* tiled attention: queries and keys of a tile */
     FM_ATTN_KEYS = 16,
     FM_DELTA_MAX_DK = 256,
@@ -108,11 +111,12 @@ typedef struct fm_rows_args {
 } fm_rows_args;
 FM_ASSERT_SIZE(fm_rows_args, 12);
 
-/* A row of a decode batch: its sequence's cache and how much of it the row sees. */
+/* A row of a decode batch: its sequence's cache, how much of it the row sees, and by parts of how many positions.
+ * The length of a part follows from n_pos alone: what else is in the batch leaves no trace in a row's bits. */
 typedef struct fm_attn_row {
     FM_PTR(const float) k;
     FM_PTR(const float) v;
-    fm_u32 row, n_pos, capacity, pad;
+    fm_u32 row, n_pos, capacity, part;
 } fm_attn_row;
 FM_ASSERT_SIZE(fm_attn_row, 32);
 
@@ -120,8 +124,9 @@ typedef struct fm_attend_args {
     fm_u32 n_heads, n_kv_heads, head_dim, ld_q, ld_q_head, ld_y, has_gate;
     float scale;
     fm_u32 row0, n, pos0, capacity; /* tiled kernel only: one sequence's rows */
+    fm_u32 max_parts;               /* parts per row and head that there is room for; not tiled */
 } fm_attend_args;
-FM_ASSERT_SIZE(fm_attend_args, 48);
+FM_ASSERT_SIZE(fm_attend_args, 52);
 
 typedef struct fm_store_args {
     fm_u32 n_kv_heads, head_dim, ld, capacity, row0, n, pos0;

@@ -55,7 +55,7 @@ typedef struct fm_metal {
     dispatch_semaphore_t done; /* signalled once per finished command buffer */
     id<MTLSharedEvent> told, ready; /* the device's word to the host, the host's to the device */
     uint64_t told_value, ready_value, posted; /* the last recorded ones; the last posted */
-    id<MTLBuffer> scratch[2];  /* delta: unit q and k; gates */
+    id<MTLBuffer> scratch[3];  /* delta: unit q and k; gates. Attention: parts of rows */
     bool lost;                 /* a command buffer failed or hung: only close is legal */
     fm_metal_counters counters;
 } fm_metal;

@@ -49,7 +49,7 @@ void fm_metal_device_close(fm_metal *m)
         (void)fm_metal_sync(m);
     while (m->n_buffers > 0)
         fm_metal_free(m, m->buffers[m->n_buffers - 1].base);
-    for (int i = 0; i < 2; i++)
+    for (size_t i = 0; i < sizeof m->scratch / sizeof m->scratch[0]; i++)
         [m->scratch[i] release];
     [m->ring release];
     [m->pending release];

@@ -73,7 +73,14 @@ static fm_status attend_tiled(fm_metal *m, const fm_attention_args *a, int s)
     return FM_OK;
 }
 
-/* One dispatch for the rows of all short spans; n_rows > 0 of them. */
+/* Positions of a part: few enough that one long sequence fills a GPU, so many that merging stays cheap. */
+static fm_u32 part_length(int64_t n_pos)
+{
+    const int64_t least = (n_pos + FM_ATTN_MOST_PARTS - 1) / FM_ATTN_MOST_PARTS;
+    return (fm_u32)(least > FM_ATTN_LEAST_PART ? least : FM_ATTN_LEAST_PART);
+}
+
+/* One dispatch for the rows of all short spans, n_rows > 0 of them; a second where rows came in parts. */
 static fm_status attend_short(fm_metal *m, const fm_attention_args *a, int64_t n_rows)
 {
     void *host;
@@ -81,6 +88,8 @@ static fm_status attend_short(fm_metal *m, const fm_attention_args *a, int64_t n
     FM_TRY(fm_metal_upload(m, sizeof(fm_attn_row) * (size_t)n_rows, &host, &table));
     fm_attn_row *to = host;
     int64_t last = 0;
+    fm_attend_args args = attend_args(&a->a);
+    args.max_parts = 1;
     for (int s = 0; s < a->n_spans; s++) {
         const fm_span *sp = &a->spans[s];
         if (sp->n > fm_metal_tune.short_span)
@@ -92,6 +101,9 @@ static fm_status attend_short(fm_metal *m, const fm_attention_args *a, int64_t n
         for (int64_t t = 0; t < sp->n; t++) {
             row.row = (fm_u32)(sp->row0 + t);
             row.n_pos = (fm_u32)(sp->pos0 + t + 1);
+            row.part = part_length(row.n_pos);
+            const fm_u32 parts = (row.n_pos + row.part - 1) / row.part;
+            args.max_parts = parts > args.max_parts ? parts : args.max_parts;
             *to++ = row;
             last = sp->row0 + t > last ? sp->row0 + t : last;
         }
@@ -100,9 +112,22 @@ static fm_status attend_short(fm_metal *m, const fm_attention_args *a, int64_t n
     FM_TRY(fm_metal_call_begin(m, "attend_rows", with_dim(a->a.head_dim), &c));
     fm_metal_bind_place(&c, 0, table);
     FM_TRY(bind_heads(&c, 1, &a->a, last + 1));
-    const fm_attend_args args = attend_args(&a->a);
     fm_metal_bind_bytes(&c, 4, &args, sizeof args);
-    fm_metal_run(&c, a->a.n_heads, n_rows, 1, FM_WIDTH * FM_ATTN_SIMDGROUPS, 1);
+    fm_metal_place parts = table; /* rows of one part write none */
+    if (args.max_parts > 1) {
+        const int64_t floats = n_rows * a->a.n_heads * args.max_parts * (a->a.head_dim + 2);
+        FM_TRY(fm_metal_scratch(m, 2, (size_t)floats * 4, &parts));
+    }
+    fm_metal_bind_place(&c, 5, parts);
+    fm_metal_run(&c, a->a.n_heads, n_rows, args.max_parts, FM_WIDTH * FM_ATTN_SIMDGROUPS, 1);
+    if (args.max_parts == 1)
+        return FM_OK;
+    FM_TRY(fm_metal_call_begin(m, "attend_merge", with_dim(a->a.head_dim), &c));
+    fm_metal_bind_place(&c, 0, table);
+    FM_TRY(bind_heads(&c, 1, &a->a, last + 1));
+    fm_metal_bind_bytes(&c, 4, &args, sizeof args);
+    fm_metal_bind_place(&c, 5, parts);
+    fm_metal_run(&c, a->a.n_heads, n_rows, 1, FM_ATTN_MERGE, 1);
     return FM_OK;
 }
 

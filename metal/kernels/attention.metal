@@ -21,15 +21,28 @@ kernel void kv_store(device const float *k [[buffer(0)]],
 
 constant uint LANE_DIMS = FM_ATTN_MAX_DIM / FM_WIDTH; // dims a lane may own: d = lane + 32 * i
 
-// One query row and head per threadgroup; simdgroup s takes positions s, s + 8, ... and the
-// partial softmaxes are merged at the end.
-// Threads: FM_WIDTH * FM_ATTN_SIMDGROUPS. Groups: (heads, rows).
+// A part of a row's positions, for one head: max of the scores, sum of the weights, hd weighted sums.
+inline device float *part_of(device float *parts, constant fm_attend_args &a, uint row, uint h,
+                             uint part) {
+    return parts + ((ulong(row) * a.n_heads + h) * a.max_parts + part) * (FC_DIM + 2);
+}
+
+inline void attend_store(float r, ulong gate, device const float *gate_all, bool has_gate,
+                         device float *y) {
+    *y = has_gate ? r * sigmoid(gate_all[gate]) : r;
+}
+
+// One query row, head and part of the positions per threadgroup; simdgroup s takes positions s,
+// s + 8, ... of them and the partial softmaxes are merged at the end. A row of one part is finished
+// here, with the bits that attend_merge would give it.
+// Threads: FM_WIDTH * FM_ATTN_SIMDGROUPS. Groups: (heads, rows, most parts of a row).
 kernel void attend_rows(device const fm_attn_row *table [[buffer(0)]],
                         device const float *q_all [[buffer(1)]],
                         device const float *gate_all [[buffer(2)]],
                         device float *y_all [[buffer(3)]],
                         constant fm_attend_args &a [[buffer(4)]],
-                        uint2 group [[threadgroup_position_in_grid]],
+                        device float *parts [[buffer(5)]],
+                        uint3 group [[threadgroup_position_in_grid]],
                         uint tid [[thread_index_in_threadgroup]],
                         uint lane [[thread_index_in_simdgroup]],
                         uint sg [[simdgroup_index_in_threadgroup]]) {
@@ -37,9 +50,12 @@ kernel void attend_rows(device const fm_attn_row *table [[buffer(0)]],
     threadgroup float tops[FM_ATTN_SIMDGROUPS], sums[FM_ATTN_SIMDGROUPS];
     device const fm_attn_row &t = table[group.y];
     const uint h = group.x, hd = FC_DIM, g = h / (a.n_heads / a.n_kv_heads);
+    const uint p0 = group.z * t.part, end = min(p0 + t.part, t.n_pos), capacity = t.capacity;
+    if (p0 >= end)
+        return;
     const ulong at = ulong(t.row) * a.ld_q + ulong(h) * a.ld_q_head;
-    device const float *k = t.k + ulong(g) * t.capacity * hd;
-    device const float *v = t.v + ulong(g) * t.capacity * hd;
+    device const float *k = t.k + ulong(g) * capacity * hd;
+    device const float *v = t.v + ulong(g) * capacity * hd;
     float q[LANE_DIMS], o[LANE_DIMS];
 #pragma unroll
     for (uint i = 0; i < LANE_DIMS; i++) {
@@ -48,7 +64,7 @@ kernel void attend_rows(device const fm_attn_row *table [[buffer(0)]],
         o[i] = 0.0f;
     }
     float top = -INFINITY, sum = 0.0f;
-    for (uint p = sg; p < t.n_pos; p += FM_ATTN_SIMDGROUPS) {
+    for (uint p = p0 + sg; p < end; p += FM_ATTN_SIMDGROUPS) {
         float s = 0.0f;
 #pragma unroll
         for (uint i = 0; i < LANE_DIMS; i++)
@@ -71,19 +87,55 @@ kernel void attend_rows(device const fm_attn_row *table [[buffer(0)]],
         sums[sg] = sum;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
-    float all_top = tops[0]; // simdgroup 0 always has position 0
+    float all_top = tops[0]; // simdgroup 0 always has the first position
     for (uint s = 1; s < FM_ATTN_SIMDGROUPS; s++)
         all_top = max(all_top, tops[s]);
     float all_sum = 0.0f;
     for (uint s = 0; s < FM_ATTN_SIMDGROUPS; s++)
         all_sum = fma(sums[s], exp(tops[s] - all_top), all_sum);
+    const bool whole = t.part >= t.n_pos;
     device float *y = y_all + ulong(t.row) * a.ld_y + h * hd;
+    device float *part = part_of(parts, a, group.y, h, group.z);
     for (uint d = tid; d < hd; d += FM_WIDTH * FM_ATTN_SIMDGROUPS) {
         float r = 0.0f;
         for (uint s = 0; s < FM_ATTN_SIMDGROUPS; s++)
             r = fma(out[s * FM_ATTN_MAX_DIM + d], exp(tops[s] - all_top), r);
-        r /= all_sum;
-        y[d] = a.has_gate ? r * sigmoid(gate_all[at + d]) : r;
+        if (whole)
+            attend_store(r / all_sum, at + d, gate_all, a.has_gate, y + d);
+        else
+            part[2 + d] = r;
+    }
+    if (!whole && tid == 0) {
+        part[0] = all_top;
+        part[1] = all_sum;
+    }
+}
+
+// The rows that were attended in several parts. Threads: FM_ATTN_MERGE. Groups: (heads, rows).
+kernel void attend_merge(device const fm_attn_row *table [[buffer(0)]],
+                         device const float *gate_all [[buffer(2)]],
+                         device float *y_all [[buffer(3)]],
+                         constant fm_attend_args &a [[buffer(4)]],
+                         device float *parts [[buffer(5)]],
+                         uint2 group [[threadgroup_position_in_grid]],
+                         uint tid [[thread_index_in_threadgroup]]) {
+    device const fm_attn_row &t = table[group.y];
+    const uint h = group.x, hd = FC_DIM, stride = hd + 2, n = (t.n_pos + t.part - 1) / t.part;
+    if (n == 1)
+        return;
+    device const float *part = part_of(parts, a, group.y, h, 0);
+    float top = part[0], sum = 0.0f;
+    for (uint i = 1; i < n; i++)
+        top = max(top, part[i * stride]);
+    for (uint i = 0; i < n; i++)
+        sum = fma(part[i * stride + 1], exp(part[i * stride] - top), sum);
+    const ulong at = ulong(t.row) * a.ld_q + ulong(h) * a.ld_q_head;
+    device float *y = y_all + ulong(t.row) * a.ld_y + h * hd;
+    for (uint d = tid; d < hd; d += FM_ATTN_MERGE) {
+        float r = 0.0f;
+        for (uint i = 0; i < n; i++)
+            r = fma(part[i * stride + 2 + d], exp(part[i * stride] - top), r);
+        attend_store(r / sum, at + d, gate_all, a.has_gate, y + d);
     }
 }
 

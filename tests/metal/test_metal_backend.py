@@ -307,6 +307,16 @@ def spans(*rows):
 )
 @pytest.mark.parametrize("batch", [[(1, 0)], [(1, 5), (1, 0), (2, 40)], [(17, 3), (1, 2), (3, 0)]])
 def test_attention_and_rope(both, heads, kv, hd, rot, batch):
+    run_attention(both, heads, kv, hd, rot, batch)
+
+
+@pytest.mark.parametrize("batch", [[(1, 511), (2, 255), (1, 4), (1, 512)], [(1, 8300)]])
+def test_attention_in_parts(both, batch):
+    """Decode over long contexts: parts of 256 positions, and longer ones where there are most."""
+    run_attention(both, 2, 1, 16, 8, batch)
+
+
+def run_attention(both, heads, kv, hd, rot, batch):
     rng = np.random.default_rng(hd)
     sp, n = spans(*batch)
     ld_q = heads * 2 * hd

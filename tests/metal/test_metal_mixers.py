@@ -52,16 +52,22 @@ class Attention:
                     ld_q=self.ld_q, ld_q_head=self.ld_head, ld_y=self.y.shape[1],
                     has_gate=self.gated, scale=self.scale, **kw)  # fmt: skip
 
-    def run_rows(self):
-        rows = []
+    def run_rows(self, part=1 << 20):
+        """Decode: rows of more than `part` positions in parts, as the host does it."""
+        rows, most = [], 1
         for (n, pos), k, v, cap in zip(self.spans, self.k, self.v, self.caps):
             for t in range(n):
                 rows.append(args("fm_attn_row", k=k.ctypes.data, v=v.ctypes.data, row=len(rows),
-                                 n_pos=pos + t + 1, capacity=cap))  # fmt: skip
-        lib("attention").run("attend_rows",
-                             {0: table(rows), 1: self.q, 2: self.gate_view(), 3: self.y,
-                              4: self.args()}, groups=(self.heads, self.n),
+                                 n_pos=pos + t + 1, capacity=cap, part=part))  # fmt: skip
+                most = max(most, -(-(pos + t + 1) // part))
+        parts = nan(self.n, self.heads, most, self.hd + 2)
+        buffers = {0: table(rows), 1: self.q, 2: self.gate_view(), 3: self.y,
+                   4: self.args(max_parts=most), 5: parts}  # fmt: skip
+        lib("attention").run("attend_rows", buffers, groups=(self.heads, self.n, most),
                              tg=32 * CONST["FM_ATTN_SIMDGROUPS"], fc={"FC_DIM": self.hd})  # fmt: skip
+        if most > 1:
+            lib("attention").run("attend_merge", buffers, groups=(self.heads, self.n),
+                                 tg=CONST["FM_ATTN_MERGE"], fc={"FC_DIM": self.hd})  # fmt: skip
 
     def run_tiles(self):
         row0 = 0
@@ -100,6 +106,24 @@ def test_attend_rows(shape, order):
         case.store()
         case.run_rows()
     case.check()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("part", [1, 7, 32, 70, 71])
+def test_attend_parts(part, order):
+    """Long rows in parts: a last part of one position, rows of one part among rows of many."""
+    case = Attention(np.random.default_rng(6), 4, 2, 65, spans=[(2, 70), (1, 0), (1, 6), (3, 30)])
+    with msl.order(order):
+        case.store()
+        case.run_rows(part)
+    case.check()
+    if part > 70:
+        return
+    alone = Attention(np.random.default_rng(6), 4, 2, 65, spans=[(2, 70), (1, 0), (1, 6), (3, 30)])
+    alone.store()
+    alone.run_rows()
+    short = slice(2, 4) if part == 7 else slice(2, 3)
+    assert np.array_equal(case.y[short], alone.y[short], equal_nan=True)  # rows of one part
 
 
 @pytest.mark.parametrize("gated", [True, False])
