@@ -21,7 +21,7 @@ enum {
     FM_FC_FORMAT = 0, /* FM_FMT_* of a weight matrix */
     FM_FC_GROUP = 1,  /* columns per scale: 16, 32, 64, 128 */
     FM_FC_SCALE = 2,  /* FM_FMT_F32, F16 or BF16 of scales and biases */
-    FM_FC_VEC = 3,    /* 1: codes and their row stride are 16-byte aligned */
+    FM_FC_VEC = 3,    /* 1: rows of codes and of x are 16-byte aligned */
     FM_FC_GATED = 4,  /* 1: two matrices, out = silu(gate) * up */
     FM_FC_DIM = 5,    /* head_dim, or dk: sizes registers */
     FM_FC_BYTES = 6   /* 1: areas may lie at any byte address (experts read in place from foreign files) */
@@ -42,8 +42,9 @@ enum {
 
 enum {
     FM_WIDTH = 32,       /* lanes of a simdgroup */
-    FM_MV_ROWS = 4,      /* matvec: output rows of a simdgroup */
-    FM_MV_SIMDGROUPS = 2,
+    FM_MV_ROWS = 4,      /* matvec: matrix rows of a simdgroup; gated, two of each matrix */
+    FM_MV_SIMDGROUPS = 8, /* of a threadgroup, at most */
+    FM_MV_TILE = 2048,   /* columns of x in threadgroup memory */
     FM_MM_TILE = 32,     /* matmul: rows, outputs and columns of a tile */
     FM_MM_THREADS = 128,
     FM_NORM_THREADS = 256,

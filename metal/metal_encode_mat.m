@@ -62,10 +62,13 @@ fm_status fm_metal_mat_address(fm_metal *m, const fm_mat *W, fm_metal_addresser 
     return address(m, W->biases, bytes, "a weight's biases", biases);
 }
 
+/* Simdgroups of a threadgroup of mat_vec: many share a tile of x, as long as the threadgroups still fill a GPU. */
+static int64_t vec_simdgroups(int64_t all) { return all >= 512 * FM_MV_SIMDGROUPS ? FM_MV_SIMDGROUPS : 2; }
+
 fm_status fm_metal_run_items(fm_metal *m, fm_metal_kind kind, const fm_metal_items *a)
 {
     kind.c.v[FM_FC_GATED] = a->gated;
-    if (!a->vec)
+    if (!a->vec || a->x.offset % 16 != 0 || a->ldx % 4 != 0)
         kind.c.v[FM_FC_VEC] = 0; /* the tiled kernel does not look: one pipeline */
     fm_metal_call c;
     FM_TRY(fm_metal_call_begin(m, a->vec ? "mat_vec" : "mat_mul", kind.c, &c));
@@ -75,12 +78,14 @@ fm_status fm_metal_run_items(fm_metal *m, fm_metal_kind kind, const fm_metal_ite
     fm_metal_bind_bytes(&c, 1, &args, sizeof args);
     fm_metal_bind_place(&c, 2, a->x);
     fm_metal_bind_place(&c, 3, a->rows ? *a->rows : a->table);
-    const int64_t per = a->vec ? FM_MV_ROWS * FM_MV_SIMDGROUPS : FM_MM_TILE;
-    const int64_t gx = (a->most_out + per - 1) / per;
-    if (a->vec)
-        fm_metal_run(&c, gx, a->n, a->most_rows, FM_WIDTH * FM_MV_SIMDGROUPS, 1);
-    else
-        fm_metal_run(&c, gx, (a->most_rows + FM_MM_TILE - 1) / FM_MM_TILE, a->n, FM_MM_THREADS, 1);
+    if (a->vec) {
+        const int64_t mine = a->gated ? FM_MV_ROWS / 2 : FM_MV_ROWS; /* outputs of a simdgroup */
+        const int64_t simdgroups = vec_simdgroups(a->most_out / mine * a->n * a->most_rows), per = mine * simdgroups;
+        fm_metal_run(&c, (a->most_out + per - 1) / per, a->n, a->most_rows, (int)(FM_WIDTH * simdgroups), 1);
+    } else {
+        fm_metal_run(&c, (a->most_out + FM_MM_TILE - 1) / FM_MM_TILE, (a->most_rows + FM_MM_TILE - 1) / FM_MM_TILE,
+                     a->n, FM_MM_THREADS, 1);
+    }
     /* y is named by address, which no binding tells the encoder: say that what follows may read it */
     [c.encoder memoryBarrierWithScope:MTLBarrierScopeBuffers];
     return FM_OK;

@@ -58,9 +58,8 @@ inline float code_of(thread const uint *w, uint j) {
     return float(v & ((1u << FC_FORMAT) - 1));
 }
 
-// Load the FC_FORMAT words of block b (32 codes) of a row that begins `at` bytes past `row`.
-inline void load_block(device const uint *row, uint at, uint b, thread uint *w) {
-    device const uint *p = row + b * FC_FORMAT;
+// Load the FC_FORMAT words of a block (32 codes) that begins `at` bytes past `p`.
+inline void load_block(device const uint *p, uint at, thread uint *w) {
     if (FC_BYTES && at != 0) { // a word past the block holds its last bytes
         uint low = p[0];
         for (uint i = 0; i < FC_FORMAT; i++) {

@@ -45,13 +45,13 @@ def mat_args(w, x, rows=None):
                 scales_stride=w.scales.shape[1], gather=rows is not None)  # fmt: skip
 
 
-def run_mat(kernel, items, w, x, rows=None, vec=0, gated=0):
+def run_mat(kernel, items, w, x, rows=None, vec=0, gated=0, simdgroups=2):
     """One dispatch as the host makes it: `items` share x and the format of w."""
     n_out, n = max(i.n_out for i in items), max(i.n for i in items)
     rows_buf = np.zeros(1, np.int32) if rows is None else rows
     if kernel == "mat_vec":
-        per = CONST["FM_MV_ROWS"] * CONST["FM_MV_SIMDGROUPS"]
-        groups, tg = (-(-n_out // per), len(items), n), 32 * CONST["FM_MV_SIMDGROUPS"]
+        per = simdgroups * CONST["FM_MV_ROWS"] // (1 + gated)
+        groups, tg = (-(-n_out // per), len(items), n), 32 * simdgroups
     else:
         tile = CONST["FM_MM_TILE"]
         groups, tg = (-(-n_out // tile), -(-n // tile), len(items)), CONST["FM_MM_THREADS"]
@@ -95,7 +95,7 @@ def test_formats(kernel, n, fmt, n_out, n_cols):
 @pytest.mark.parametrize("kernel", ["mat_vec", "mat_mul"])
 def test_groups_and_scales(kernel, group, scale):
     rng = np.random.default_rng(2)
-    for fmt in ("affine4", "affine3"):
+    for fmt in ("affine4", "affine3", "affine2"):
         w = Matrix(rng, 10, 256, fmt, group, scale).aligned(4)
         x, y = f32(rng, 3, 256), np.full((3, 10), np.nan, np.float32)
         run_mat(kernel, [item(w, y, n=3)], w, x)
@@ -104,16 +104,32 @@ def test_groups_and_scales(kernel, group, scale):
 
 @pytest.mark.parametrize("fmt", ["f32", "f16", "bf16", "affine2", "affine4", "affine8"])
 def test_vector_loads(fmt):
-    """FC_VEC needs 16-byte alignment and gives the same bits as the scalar path."""
+    """FC_VEC needs 16-byte alignment, of x too, and gives the same bits as the scalar path."""
     rng = np.random.default_rng(3)
     w = Matrix(rng, 12, 512, fmt).aligned(0)
-    x, out = f32(rng, 1, 512), []
+    x, out = at_offset(f32(rng, 1, 512), 0), []
     for vec in (0, 1):
         y = np.full((1, 12), np.nan, np.float32)
         run_mat("mat_vec", [item(w, y)], w, x, vec=vec)
         out.append(y)
     check(out[0], w, x)
     assert np.array_equal(*out)
+
+
+@pytest.mark.parametrize("simdgroups", [1, 3, 8])
+@pytest.mark.parametrize("gated", [0, 1])
+@pytest.mark.parametrize("fmt", ["affine4", "affine5"])
+def test_tiles_of_x(fmt, gated, simdgroups):
+    """More columns than a tile, the last tile shorter than a simdgroup; any number of simdgroups."""
+    rng = np.random.default_rng(8)
+    w, up = (Matrix(rng, 13, CONST["FM_MV_TILE"] + 96, fmt, 32).aligned(4) for _ in range(2))
+    x, y = f32(rng, 2, w.shape[1]), np.full((2, 13), np.nan, np.float32)
+    run_mat("mat_vec", [item(w, y, up=up, n=2)], w, x, gated=gated, simdgroups=simdgroups)
+    if gated:
+        gate, other = (x.astype(np.float64) @ m.values.T for m in (w, up))
+        assert np.allclose(y, silu(gate) * other, rtol=1e-4, atol=1e-2)
+    else:
+        check(y, w, x)
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
