@@ -7,7 +7,8 @@
 
 #include "base/status.h"
 
-/* X(name): what an event is. read and guess are reads of experts (queued at t0, seen complete at t1). */
+/* X(name): what an event is. read and guess are reads of experts, from their start at the
+ * device to their last byte. */
 #define FM_TRACE_LIST(X)                                                                           \
     X(embed) X(attention) X(delta) X(router) X(experts) X(wait) X(shared) X(mlp) X(head) X(read) X(guess) X(forward)
 

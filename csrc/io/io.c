@@ -150,6 +150,7 @@ fm_status fm_io_submit(fm_io *io, fm_io_req *const *reqs, int n)
         r->err = 0;
         r->done_bytes = 0;
         r->crc = 0;
+        r->submitted_ns = now;
         r->ns_queued = now; /* a point in time until the request starts */
         r->ns_read = r->ns_crc = 0;
         r->next = NULL;

@@ -40,6 +40,7 @@ typedef struct fm_io_req {
     int err; /* errno of a failed read */
     size_t done_bytes;
     uint32_t crc;
+    int64_t submitted_ns; /* by fm_clock_ns; then it queued, was read, and was checked: */
     int64_t ns_queued, ns_read, ns_crc;
     /* private */
     struct fm_io_req *next;

@@ -162,11 +162,10 @@ static fm_status word_damage(const fm_experts *e, int64_t key, uint32_t have)
 
 static void trace_read(const fm_experts *e, const fm_io_req *r, int64_t key, bool guess)
 {
-    /* The end is when it was seen: up to one job of compute later than it was. */
-    const int64_t t1 = fm_clock_ns(), took = r->ns_queued + r->ns_read + r->ns_crc;
+    const int64_t t0 = r->submitted_ns + r->ns_queued;
     if (e->trace)
         fm_trace_add(e->trace, guess ? FM_TRACE_guess : FM_TRACE_read, e->d->experts[key / e->stride].layer,
-                     (int32_t)(key % e->stride), t1 - took, t1, (int64_t)r->done_bytes);
+                     (int32_t)(key % e->stride), t0, t0 + r->ns_read, (int64_t)r->done_bytes);
 }
 
 /* Takes one read in. A failed one that someone waits for (demand) is that someone's error, unless the caller has one
