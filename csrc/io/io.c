@@ -188,6 +188,14 @@ fm_status fm_io_cancel(fm_io *io, fm_io_req *req)
     return FM_OK;
 }
 
+fm_status fm_io_promote(fm_io *io, fm_io_req *req)
+{
+    if (io->pid != getpid())
+        return fm_fail(FM_ERR_STATE, "promote: this process was forked after the files were opened");
+    io->method->promote(io->state, req);
+    return FM_OK;
+}
+
 void fm_io_get_counters(const fm_io *io, fm_io_counters *out)
 {
     out->n_reads = atomic_load(&io->n_reads);

@@ -11,7 +11,9 @@
  *  4. submit of n queues all n or none.
  *  5. cancel still delivers a completion (FM_ERR_CANCELLED or OK).
  *  6. One waiter at a time; any thread may submit. A forked child may only close.
- *  7. Requests with priority 0 (demand) are always started before those with priority 1
+ *  7. promote makes a queued speculative request a demand, behind those there are; one that has
+ *     started runs on as it is. Not after completion was delivered.
+ *  8. Requests with priority 0 (demand) are always started before those with priority 1
  *     (speculative), and some of the method's capacity is kept free of speculative ones. */
 #ifndef FM_IO_IO_H
 #define FM_IO_IO_H
@@ -83,6 +85,7 @@ fm_status fm_io_wait(fm_io *io, fm_io_req **done, int max_done, int min_done, in
 /* A request that has not started completes with FM_ERR_CANCELLED; others run on. Not after
  * completion was delivered. */
 fm_status fm_io_cancel(fm_io *io, fm_io_req *req);
+fm_status fm_io_promote(fm_io *io, fm_io_req *req);
 void fm_io_get_counters(const fm_io *io, fm_io_counters *out);
 
 /* Word a failed request on the calling thread: path, offset, numbers, strerror; returns its status.

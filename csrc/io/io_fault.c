@@ -255,6 +255,12 @@ static void cancel_fault(void *state, fm_io_req *req)
     f->base->cancel(f->base_state, req);
 }
 
+static void promote_fault(void *state, fm_io_req *req)
+{
+    fault *const f = state;
+    f->base->promote(f->base_state, req);
+}
+
 const fm_io_method fm_io_method_fault = {
     .name = "fault",
     .can_direct = true,
@@ -263,4 +269,5 @@ const fm_io_method fm_io_method_fault = {
     .submit = submit_fault,
     .wait = wait_fault,
     .cancel = cancel_fault,
+    .promote = promote_fault,
 };

@@ -32,6 +32,7 @@ typedef struct fm_io_method {
     fm_status (*wait)(void *state, fm_io_req **done, int max_done, int min_done, int64_t timeout_ns,
                       int *n_done);
     void (*cancel)(void *state, fm_io_req *req);
+    void (*promote)(void *state, fm_io_req *req);
 } fm_io_method;
 
 /* Fault injection looks into every raw read and every finished request through this. */

@@ -94,6 +94,11 @@ static void cancel_mmap(void *state, fm_io_req *req)
     fm_io_pool_cancel(((mapped *)state)->pool, req);
 }
 
+static void promote_mmap(void *state, fm_io_req *req)
+{
+    fm_io_pool_promote(((mapped *)state)->pool, req);
+}
+
 const fm_io_method fm_io_method_mmap = {
     .name = "mmap",
     .can_direct = false,
@@ -102,4 +107,5 @@ const fm_io_method fm_io_method_mmap = {
     .submit = submit_mmap,
     .wait = wait_mmap,
     .cancel = cancel_mmap,
+    .promote = promote_mmap,
 };

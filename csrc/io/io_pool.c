@@ -11,7 +11,7 @@
 #include "base/mem.h"
 #include "io/io_queue.h"
 
-enum { DEFAULT_WORKERS = 8, MAX_WORKERS = 256, STACK_BYTES = 256 << 10 };
+enum { DEFAULT_WORKERS = 16, MAX_WORKERS = 256, STACK_BYTES = 256 << 10 };
 
 typedef struct pool {
     fm_io *io;
@@ -203,5 +203,14 @@ void fm_io_pool_cancel(void *state, fm_io_req *req)
         req->ns_queued = fm_clock_ns() - req->ns_queued;
         complete(p, req);
     }
+    pthread_mutex_unlock(&p->lock);
+}
+
+void fm_io_pool_promote(void *state, fm_io_req *req)
+{
+    pool *const p = state;
+    pthread_mutex_lock(&p->lock);
+    if (fm_io_queue_promote(p->queued, req))
+        pthread_cond_signal(&p->work);
     pthread_mutex_unlock(&p->lock);
 }

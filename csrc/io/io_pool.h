@@ -15,5 +15,6 @@ fm_status fm_io_pool_submit(void *state, fm_io_req *const *reqs, int n);
 fm_status fm_io_pool_wait(void *state, fm_io_req **done, int max_done, int min_done,
                           int64_t timeout_ns, int *n_done);
 void fm_io_pool_cancel(void *state, fm_io_req *req);
+void fm_io_pool_promote(void *state, fm_io_req *req);
 
 #endif

@@ -26,4 +26,5 @@ const fm_io_method fm_io_method_pread = {
     .submit = fm_io_pool_submit,
     .wait = fm_io_pool_wait,
     .cancel = fm_io_pool_cancel,
+    .promote = fm_io_pool_promote,
 };

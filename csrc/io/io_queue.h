@@ -2,7 +2,7 @@
 #ifndef FM_IO_IO_QUEUE_H
 #define FM_IO_IO_QUEUE_H
 
-#include "io/io.h"
+#include "io/io_method.h"
 
 enum { FM_IO_N_PRIORITIES = 2 };
 
@@ -57,6 +57,16 @@ static inline bool fm_io_queue_remove(fm_io_queue *q, const fm_io_req *r)
         return true;
     }
     return false;
+}
+
+/* A queued request becomes demand; false when it was not waiting as speculation. */
+static inline bool fm_io_queue_promote(fm_io_queue *by_priority, fm_io_req *r)
+{
+    if (r->state != FM_IO_QUEUED || r->priority == 0 || !fm_io_queue_remove(&by_priority[1], r))
+        return false;
+    r->priority = 0;
+    fm_io_queue_push(&by_priority[0], r);
+    return true;
 }
 
 #endif

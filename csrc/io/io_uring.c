@@ -277,6 +277,16 @@ static void cancel_uring(void *state, fm_io_req *req)
     pthread_mutex_unlock(&r->lock);
 }
 
+/* Into the ring at once: a sleeping waiter would fill it only when something completes. */
+static void promote_uring(void *state, fm_io_req *req)
+{
+    ring *const r = state;
+    pthread_mutex_lock(&r->lock);
+    if (fm_io_queue_promote(r->queued, req))
+        pump(r);
+    pthread_mutex_unlock(&r->lock);
+}
+
 static void unmap_ring(ring *r)
 {
     if (r->sqes != NULL)
@@ -399,6 +409,7 @@ const fm_io_method fm_io_method_uring = {
     .submit = submit_uring,
     .wait = wait_uring,
     .cancel = cancel_uring,
+    .promote = promote_uring,
 };
 
 #else

@@ -107,6 +107,31 @@ static void speculation_leaves_room(void)
     CHECK(overtook);
 }
 
+/* A speculative read that is demanded now overtakes the others, and may be promoted at any time. */
+static void promoted(void)
+{
+    bool overtook = false;
+    for (int try = 0; try < TRIES && !overtook; try++) {
+        fm_io *const io = open_faulty("delay=5000", 1);
+        prepare(8);
+        for (int i = 0; i < 8; i++)
+            reqs[i].priority = i != 5;
+        REQUIRE(fm_io_submit(io, list, 8) == FM_OK);
+        CHECK_INT(fm_io_promote(io, &reqs[7]), FM_OK);
+        CHECK_INT(fm_io_promote(io, &reqs[7]), FM_OK);
+        CHECK_INT(fm_io_promote(io, &reqs[5]), FM_OK); /* demand already, running or done */
+        wait_for(io, 8);
+        for (int i = 0; i < 3; i++) /* behind the demand, and the guess that may have begun */
+            overtook |= done[i]->tag == 7;
+        int n_right = 0;
+        for (int i = 0; i < 8; i++)
+            n_right += is_right(&reqs[i]);
+        CHECK_INT(n_right, 8);
+        fm_io_close(io);
+    }
+    CHECK(overtook);
+}
+
 static void cancelled(void)
 {
     const int order[] = {11, 5, 6, 0, 10, 5}; /* last, middle, maybe running, twice */
@@ -271,6 +296,8 @@ static void random_faults(void)
         REQUIRE(fm_io_submit(io, list, n) == FM_OK);
         for (int i = 0; i < n / 8; i++)
             CHECK_INT(fm_io_cancel(io, &reqs[test_rand(&seed) % (uint64_t)n]), FM_OK);
+        for (int i = 0; i < n / 8; i++)
+            CHECK_INT(fm_io_promote(io, &reqs[test_rand(&seed) % (uint64_t)n]), FM_OK);
         int left = n, got = 0;
         for (; left > 0; left -= got)
             REQUIRE(fm_io_wait(io, done, 5, 1, -1, &got) == FM_OK && got > 0);
@@ -313,6 +340,7 @@ int main(void)
         RUN(demand_goes_first);
         RUN(speculation_leaves_room);
         RUN(cancelled);
+        RUN(promoted);
         RUN(timeouts);
         RUN(closed_early);
         RUN(faults);
