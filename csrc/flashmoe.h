@@ -41,7 +41,7 @@ typedef struct fm_engine_opts {
     const char *cache_policy;  /* a name of store/expert_cache.h; NULL: "lru" */
     size_t split_bytes;        /* read an expert in parts of about this size; 0: the default */
     const char *numeric;       /* "exact": f32 activations; "fast": int8 activations in quantised products; NULL: exact */
-    int64_t lookahead;         /* experts guessed per row for the next layer while its mixer computes; 0: none */
+    int64_t lookahead;         /* experts guessed per row for the next layer while this one computes; 0: none, -1: learned */
     const char *kv_format;     /* of the KV cache: "f32", "f16" or "bf16"; NULL: f32 */
 } fm_engine_opts;
 #define FM_ENGINE_OPTS_INIT { 0, 4096, 512, 0, 0, NULL, false, 0, NULL, NULL, true, NULL, 0, NULL, 0, NULL }
@@ -65,6 +65,7 @@ typedef struct fm_engine_stats {
     int64_t prefill_tokens, prefill_ns, decode_tokens, decode_ns, n_forwards;
     int64_t hits, misses, n_reads, bytes_read, read_ns, crc_ns, n_failed_reads;
     int64_t guessed, guess_used, guess_wasted_bytes; /* experts read ahead on a guess; of them, used */
+    int64_t predicted, predicted_right; /* guesses about experts that were not in a slot, read or not; came true */
     int64_t embed_ns, attention_ns, delta_ns, router_ns, experts_ns, wait_ns, shared_ns, mlp_ns, head_ns;
 } fm_engine_stats;
 
@@ -75,6 +76,9 @@ FM_API void fm_engine_close(fm_engine *e);
 FM_API fm_status fm_engine_get_info(fm_engine *e, fm_engine_info *out);
 FM_API fm_status fm_engine_get_stats(fm_engine *e, fm_engine_stats *out);
 FM_API fm_status fm_engine_reset_stats(fm_engine *e);
+/* Read these experts from the device again, cached or not, with nothing computed meanwhile: the I/O of a recorded
+ * forward alone. *ns is the time it took. ids[i] is an expert of layer layers[i]. */
+FM_API fm_status fm_engine_reread(fm_engine *e, const int32_t *layers, const int32_t *ids, int64_t n, int64_t *ns);
 /* Shrink or grow the expert slots within what was opened; *now is their number. */
 FM_API fm_status fm_engine_set_slots(fm_engine *e, int32_t n_slots, int32_t *now);
 

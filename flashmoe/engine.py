@@ -60,8 +60,8 @@ class Engine:
     kv_format : str
         Of the attention's keys and values: ``"f32"``; ``"f16"`` or ``"bf16"`` take half the memory
         and round each to nearest (on the CPU backend; ``docs/kernels.md``).
-    lookahead : int
-        Experts per token read on a guess for the next layer; 0 reads none.  Never changes a result.
+    lookahead : int or "auto"
+        Experts per token read on a guess for the next layer; ``"auto"``: as many as pay.
     cache_policy : str
         Who leaves the expert slots: ``"lru"``, ``"clock"`` or ``"lfu"``.
     on_plan : callable, optional
@@ -95,7 +95,7 @@ class Engine:
         prefill_chunk: int | None = None,
         numeric: str = "auto",
         kv_format: str = "f32",
-        lookahead: int = 0,
+        lookahead: int | str = "auto",
         cache_policy: str = "lru",
         on_plan: Callable[[MemoryPlan], None] | None = None,
     ) -> None:

@@ -26,6 +26,7 @@ __all__ = ["Prepared", "expert_format", "prepare"]
 CONTEXT = 4096
 NUMERICS = ("exact", "fast")
 KV_FORMATS = ("f32", "f16", "bf16")
+LOOKAHEAD_AUTO = -1
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def prepare(
     prefill_chunk: int | None = None,
     numeric: str = "auto",
     kv_format: str = "f32",
-    lookahead: int = 0,
+    lookahead: int | str = "auto",
     cache_policy: str = "lru",
 ) -> Prepared:
     """Read a checkpoint's headers, check the options against it, and plan the memory."""
@@ -107,7 +108,7 @@ def prepare(
         "backend": "cpu" if backend == "auto" else backend,
         "numeric": numeric,
         "kv_format": kv_format,
-        "lookahead": _integer("lookahead", lookahead, 0, 64),
+        "lookahead": _lookahead(lookahead),
         "cache_policy": cache_policy,
         "verify": True,
     }
@@ -150,6 +151,14 @@ def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
         raise UnsupportedError(
             f"{name}={value!r} is not in this build; it has: {', '.join(dict.fromkeys(choices))}"
         )
+
+
+def _lookahead(value: Any) -> int:
+    if value == "auto":
+        return LOOKAHEAD_AUTO
+    if isinstance(value, str):
+        raise ArgumentError(f"lookahead={value!r} must be an integer or 'auto'")
+    return _integer("lookahead", value, 0, 64)
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> int:

@@ -15,6 +15,7 @@ from flashmoe import _core
 from flashmoe.checkpoint import open_checkpoint
 from flashmoe.errors import ArgumentError, StorageError, UnsupportedError
 from flashmoe.pack import pack
+from flashmoe.perf.timeline import repeated_reads
 
 NAME = "q35moe_base/mlx4"
 METHODS = [m for m in _core.io_methods() if m != "fault"]
@@ -54,7 +55,7 @@ def test_every_method(packed, want, form, method, direct):
         pytest.skip(str(e))
 
 
-@pytest.mark.parametrize("lookahead", [0, 1, 3, 8])
+@pytest.mark.parametrize("lookahead", [0, 1, 3, 8, -1])
 @pytest.mark.parametrize("policy", _core.cache_policies())
 def test_every_policy_and_lookahead(packed, want, policy, lookahead):
     total = n_experts(core_desc(NAME))
@@ -64,6 +65,8 @@ def test_every_policy_and_lookahead(packed, want, policy, lookahead):
             check(engine, want)
             stats = engine.stats()
             assert stats["guess_used"] <= stats["guessed"]
+            assert stats["predicted_right"] <= stats["predicted"]
+            assert (stats["predicted"] > 0) == (lookahead != 0 and slots != total)
             if slots == total:
                 assert stats["n_failed_reads"] == 0
 
@@ -118,13 +121,45 @@ def test_random_faults(packed, want, policy, lookahead):
 def test_what_is_refused(packed):
     for opts, error in [
         ({"cache_policy": "fifo"}, ArgumentError),
-        ({"lookahead": -1}, ArgumentError),
+        ({"lookahead": -2}, ArgumentError),
         ({"lookahead": 1000}, ArgumentError),
         ({"io_method": "carrier"}, UnsupportedError),
         ({"io_workers": -1}, ArgumentError),
     ]:
         with pytest.raises(error), core_engine(packed.to_core(), **opts):
             pass
+
+
+def test_reread(packed):
+    """Reads again what is there, and counts it; logits stay what they were."""
+    with core_engine(packed.to_core(), slots=20) as engine:
+        before, _ = run(engine, ids_of(NAME, "p24"))
+        engine.reset_stats()
+        layers, ids = np.arange(3, dtype=np.int32).repeat(2), np.array([0, 1] * 3, np.int32)
+        assert engine.reread(layers, ids) > 0
+        record = _core.Engine.plan(packed.to_core(), {"context": 8})["expert_record_bytes_max"]
+        assert engine.stats()["bytes_read"] == 6 * record
+        np.testing.assert_array_equal(run(engine, ids_of(NAME, "p24"))[0], before)
+        assert engine.reread(layers[:0], ids[:0]) >= 0
+        for bad in ((layers, ids[:1]), (layers + 99, ids), (layers, ids - 1), (layers[None], ids)):
+            with pytest.raises(ArgumentError):
+                engine.reread(*bad)
+
+
+@pytest.mark.parametrize("lookahead", [0, 2, -1])
+def test_a_prompt_reads_no_expert_twice(packed, lookahead):
+    """Rows that want every expert: each is read at most once in a forward, by few slots too."""
+    desc = packed.to_core()
+    record = _core.Engine.plan(desc, {"context": 8})["expert_record_bytes_max"]
+    ids = np.resize(ids_of(NAME, "p24"), 96)
+    for slots in (8, 12, 24, 40):
+        with core_engine(desc, slots=slots, lookahead=lookahead, max_rows=96) as engine:
+            for _ in range(3):
+                engine.trace_start(10_000)
+                run(engine, ids)
+                events, lost = engine.trace_take(10_000)
+                assert lost == 0
+                assert repeated_reads(events, _core.trace_kinds(), record) == 0
 
 
 def test_trace(packed):

@@ -50,7 +50,7 @@ def one_run(seed: int, right: np.ndarray) -> str:
         "slots": rng.choice([4, 5, 9, 17, 40, "all"]),
         "n_threads": rng.choice([1, 2]),
         "max_rows": rng.choice([5, 24, 64]),
-        "lookahead": rng.choice([0, 2, 4]),
+        "lookahead": rng.choice([0, 2, -1]),
         "cache_policy": rng.choice(_core.cache_policies()),
         "split_bytes": rng.choice([0, 4096]),
         "io_direct": rng.random() < 0.5 and not fault.startswith("mmap"),

@@ -161,7 +161,7 @@ py::dict stats_dict(const Engine &e)
 #define FIELD(name) out[#name] = s.name;
     FIELD(prefill_tokens) FIELD(prefill_ns) FIELD(decode_tokens) FIELD(decode_ns) FIELD(n_forwards)
     FIELD(hits) FIELD(misses) FIELD(n_reads) FIELD(bytes_read) FIELD(read_ns) FIELD(crc_ns) FIELD(n_failed_reads)
-    FIELD(guessed) FIELD(guess_used) FIELD(guess_wasted_bytes)
+    FIELD(guessed) FIELD(guess_used) FIELD(guess_wasted_bytes) FIELD(predicted) FIELD(predicted_right)
     FIELD(embed_ns) FIELD(attention_ns) FIELD(delta_ns) FIELD(router_ns) FIELD(experts_ns) FIELD(wait_ns)
     FIELD(shared_ns) FIELD(mlp_ns) FIELD(head_ns)
 #undef FIELD
@@ -227,6 +227,17 @@ py::tuple trace_take(const Engine &e, int64_t capacity)
     py::array_t<fm_trace_event> a(n);
     std::copy(events.begin(), events.begin() + n, a.mutable_data());
     return py::make_tuple(a, lost);
+}
+
+double reread(const Engine &e, const Ids &layers, const Ids &ids)
+{
+    if (layers.ndim() != 1 || ids.ndim() != 1 || layers.shape(0) != ids.shape(0))
+        fail(FM_ERR_ARG, "reread: layers and ids must have one dimension and the same length");
+    const int32_t *l = layers.data(), *x = ids.data();
+    const int64_t n = ids.shape(0);
+    int64_t ns = 0;
+    call(e, [&](fm_engine *raw) { return fm_engine_reread(raw, l, x, n, &ns); });
+    return (double)ns * 1e-9;
 }
 
 int64_t prefill(const Session &s, const Ids &ids)
@@ -298,6 +309,7 @@ void bind_engine(py::module_ &m)
              },
              py::arg("capacity"))
         .def("trace_take", &trace_take, py::arg("capacity"))
+        .def("reread", &reread, py::arg("layers").noconvert(), py::arg("ids").noconvert())
         .def("close", [](const Engine &e) { e.handle.close(); })
         .def_property_readonly("info", &info_dict);
 

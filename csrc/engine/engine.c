@@ -3,6 +3,7 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "base/clock.h"
 #include "base/crc32c.h"
 #include "base/mem.h"
 #include "engine/engine_impl.h"
@@ -27,8 +28,9 @@ static fm_status check_opts(const fm_config *c, const fm_engine_opts *o, int64_t
     FM_TRY(fm_state_bytes(c, o->context, kv, &state_bytes));
     if (o->max_rows < 1 || o->max_rows > 65536)
         return fm_fail(FM_ERR_ARG, "rows per forward: %" PRId64 ", must be 1 to 65536", o->max_rows);
-    if (o->lookahead < 0 || o->lookahead > FM_MAX_TOP_K)
-        return fm_fail(FM_ERR_ARG, "lookahead: %" PRId64 " experts, must be 0 to %d", o->lookahead, FM_MAX_TOP_K);
+    if (o->lookahead < FM_LOOKAHEAD_AUTO || o->lookahead > FM_MAX_TOP_K)
+        return fm_fail(FM_ERR_ARG, "lookahead: %" PRId64 " experts, must be 0 to %d, or -1 to let it be learned",
+                       o->lookahead, FM_MAX_TOP_K);
     if (o->n_threads < 0 || o->n_threads > 1024)
         return fm_fail(FM_ERR_ARG, "threads: %d, must be 1 to 1024", o->n_threads);
     *k = o->experts_per_token ? o->experts_per_token : c->num_experts_per_tok;
@@ -170,7 +172,7 @@ static fm_status open_parts(fm_engine *e, const fm_engine_model *model, const fm
     }
     FM_TRY(open_lists(e, o->max_rows));
     FM_TRY(fm_model_open(arch, c, e->be, e->weights, e->experts, k, o->max_rows, &e->model));
-    e->model->lookahead = o->lookahead;
+    e->model->lookahead.depth = o->lookahead;
     return FM_OK;
 }
 
@@ -288,6 +290,8 @@ fm_status fm_engine_get_stats(fm_engine *e, fm_engine_stats *out)
 {
     FM_TRY(fm_engine_enter(e));
     fm_engine_stats s = e->stats;
+    s.predicted = e->model->lookahead.n_predicted;
+    s.predicted_right = e->model->lookahead.n_right;
     if (e->experts) {
         fm_expert_stats x;
         fm_experts_get_stats(e->experts, &x);
@@ -315,6 +319,7 @@ fm_status fm_engine_reset_stats(fm_engine *e)
     FM_TRY(fm_engine_enter(e));
     e->stats = (fm_engine_stats){0};
     e->model->phases = (fm_phases){0};
+    e->model->lookahead.n_predicted = e->model->lookahead.n_right = 0;
     if (e->experts)
         fm_experts_reset_stats(e->experts);
     fm_engine_leave(e);
@@ -334,6 +339,29 @@ fm_status fm_engine_set_slots(fm_engine *e, int32_t n_slots, int32_t *now)
         s = fm_experts_resize(e->experts, n_slots);
     if (s == FM_OK)
         *now = fm_experts_slots(e->experts);
+    fm_engine_leave(e);
+    return s;
+}
+
+static fm_status check_expert(const fm_engine *e, int32_t layer, int32_t id)
+{
+    for (int64_t i = 0; i < e->desc->n_expert_layers; i++)
+        if (e->desc->experts[i].layer == layer && id >= 0 && id < e->desc->experts[i].n_experts)
+            return FM_OK;
+    return fm_fail(FM_ERR_ARG, "layer %d has no routed expert %d", layer, id);
+}
+
+fm_status fm_engine_reread(fm_engine *e, const int32_t *layers, const int32_t *ids, int64_t n, int64_t *ns)
+{
+    FM_TRY(fm_engine_enter(e));
+    fm_status s = FM_OK;
+    for (int64_t i = 0; i < n && s == FM_OK; i++)
+        s = check_expert(e, layers[i], ids[i]);
+    const int64_t t0 = fm_clock_ns();
+    if (s == FM_OK && n > 0)
+        s = fm_experts_reread(e->experts, layers, ids, n);
+    if (s == FM_OK)
+        *ns = fm_clock_ns() - t0;
     fm_engine_leave(e);
     return s;
 }

@@ -54,7 +54,12 @@ static fm_status compute_wave(fm_model *m, const fm_batch *b, struct fm_wave *w,
     const int64_t t0 = fm_clock_ns();
     fm_expert_stats before, after;
     fm_experts_get_stats(m->experts, &before);
-    for (int left = w->n; left > 0;) {
+    int left = 0;
+    for (int i = 0; i < w->n; i++)
+        left += !w->claimed[i];
+    if (left < w->n) /* those claimed before the others were waited for */
+        FM_TRY(run_ready(m, w, b->n_rows));
+    while (left > 0) {
         int n_new;
         FM_TRY(fm_experts_claim(m->experts, layer, w->ids, w->n, w->claimed, w->mats, b->cancel, &n_new));
         FM_TRY(run_ready(m, w, b->n_rows));
@@ -94,11 +99,11 @@ static fm_route_args route_args(const fm_model *m, const fm_layer *y)
     return a;
 }
 
-fm_status fm_moe_route(fm_model *m, const fm_layer *y, int64_t n, int32_t *ids, float *weights)
+fm_status fm_moe_route(fm_model *m, const fm_layer *y, const float *h, int64_t n, int32_t *ids, float *weights)
 {
     const fm_backend_vtable *v = m->be->v;
     const fm_matmul_item router = {y->router, NULL, m->s.router, m->c.num_experts, false, true};
-    FM_TRY(v->matmul(m->be, m->s.h, m->c.hidden_size, n, &router, 1));
+    FM_TRY(v->matmul(m->be, h, m->c.hidden_size, n, &router, 1));
     const fm_route_args a = route_args(m, y);
     return v->route(m->be, &a, m->s.router, n, ids, weights);
 }
@@ -110,6 +115,7 @@ void fm_moe_take_routes(fm_model *m, const fm_batch *b, int32_t layer)
     for (int64_t r = 0; r < n && b->trace_router; r++)
         memcpy(b->trace_router + (r * m->c.num_hidden_layers + layer) * k, ids + r * k, (size_t)k * sizeof(int32_t));
     fm_wave_sort(m->wave, ids, n * k, m->c.num_experts);
+    fm_moe_guess_judge(m, layer);
     fm_experts_expire(m->experts, layer, m->wave->order, m->wave->n_order);
 }
 
@@ -141,24 +147,36 @@ fm_status fm_moe_add_shared(fm_model *m, const fm_batch *b, const fm_layer *y)
 
 /* How a layer's experts pass through the slots. */
 typedef struct sweep {
-    int window; /* slots it may fill at a time: half compute while the other half load */
+    int window; /* slots it may fill at a time: some compute while the others load */
     int limit;  /* experts per wave */
     bool flushes; /* it wants more than the layer's share of the slots */
 } sweep;
 
-enum { SWEEP_WINDOW = 64 };
+enum { MAX_WINDOW = 256, MAX_SWEEP_WAVE = 64 };
+
+int32_t fm_moe_window(const fm_model *m)
+{
+    const int32_t slots = fm_experts_slots(m->experts), least = (int32_t)(2 * m->k);
+    const int32_t want = slots / 4 > MAX_WINDOW ? MAX_WINDOW : slots / 4;
+    return want > least ? want : slots < least ? slots : least;
+}
+
+/* Slots that a layer's experts may keep. What passes through the window is not among them, so that it finds the slots
+ * of the sweep before and evicts nothing. */
+static int64_t share_of(const fm_model *m)
+{
+    return (fm_experts_slots(m->experts) - fm_moe_window(m)) / fm_experts_layers(m->experts);
+}
 
 static sweep plan_sweep(const fm_model *m, const struct fm_wave *w)
 {
     const int32_t slots = fm_experts_slots(m->experts);
-    const int64_t share = slots / fm_experts_layers(m->experts);
     sweep s = {slots, slots < w->max ? slots : w->max, false};
-    if (w->n_order <= 2 * m->k || w->n_order <= share || slots >= fm_experts_total(m->experts))
+    if (w->n_order <= 2 * m->k || w->n_order <= share_of(m) || slots >= fm_experts_total(m->experts))
         return s;
     s.flushes = true;
-    const int32_t want = slots / 4 > SWEEP_WINDOW ? SWEEP_WINDOW : slots / 4;
-    s.window = want > 2 * m->k ? want : (int)(slots < 2 * m->k ? slots : 2 * m->k);
-    s.limit = s.window > 1 ? s.window / 2 : 1;
+    s.window = fm_moe_window(m);
+    s.limit = s.window / 2 > MAX_SWEEP_WAVE ? MAX_SWEEP_WAVE : s.window > 1 ? s.window / 2 : 1;
     return s;
 }
 
@@ -181,12 +199,17 @@ static void choose_kept(struct fm_wave *w, const sweep *s, int64_t n_rows, int64
     }
 }
 
-/* What the next waves will want, as far as the window goes. */
-static fm_status hint_ahead(fm_model *m, const struct fm_wave *w, const sweep *s, int32_t layer, int at)
+/* What the next waves will want, and after them the next layer, as far as the window goes. */
+static fm_status hint_ahead(fm_model *m, const fm_batch *b, const sweep *s, int32_t layer, int at)
 {
+    const struct fm_wave *w = m->wave;
     const int64_t spare = s->window - w->n, left = w->n_order - at;
     const int64_t n = left < spare ? left : spare;
-    return n > 0 ? fm_experts_hint(m->experts, layer, w->order + at, (int)n, FM_HINT_AHEAD) : FM_OK;
+    if (n > 0)
+        FM_TRY(fm_experts_hint(m->experts, layer, w->order + at, (int)n, FM_HINT_AHEAD));
+    return n == left && fm_moe_guess_kind(m, b, layer + 1) == FM_GUESS_ALL
+               ? fm_moe_guess_all(m, layer + 1, w->n + n)
+               : FM_OK;
 }
 
 static fm_status run_wave(fm_model *m, const fm_batch *b, const sweep *s, int32_t layer, int at, bool first)
@@ -194,7 +217,12 @@ static fm_status run_wave(fm_model *m, const fm_batch *b, const sweep *s, int32_
     struct fm_wave *w = m->wave;
     const fm_layer *y = &m->layers[layer];
     FM_TRY(fm_experts_hint(m->experts, layer, w->ids, w->n, FM_HINT_DEMAND));
-    FM_TRY(hint_ahead(m, w, s, layer, at));
+    FM_TRY(hint_ahead(m, b, s, layer, at));
+    if (first && fm_moe_guess_kind(m, b, layer + 1) == FM_GUESS_ROUTED && fm_moe_guess_asks(m, FM_GUESS_EARLY)) {
+        int n_new; /* what is there is pinned first: no guess may take its slot */
+        FM_TRY(fm_experts_poll(m->experts, layer, w->ids, w->n, w->claimed, w->mats, &n_new));
+        FM_TRY(fm_moe_guess_early(m, b, layer + 1));
+    }
     if (first && y->shared_gate_proj)
         FM_TRY(fm_moe_shared(m, b, y, layer)); /* while the first reads are on their way */
     return compute_wave(m, b, w, layer);
@@ -203,7 +231,7 @@ static fm_status run_wave(fm_model *m, const fm_batch *b, const sweep *s, int32_
 static sweep plan(fm_model *m, const fm_batch *b)
 {
     const sweep s = plan_sweep(m, m->wave);
-    choose_kept(m->wave, &s, b->n_rows, fm_experts_slots(m->experts) / fm_experts_layers(m->experts));
+    choose_kept(m->wave, &s, b->n_rows, share_of(m));
     return s;
 }
 
@@ -214,7 +242,7 @@ fm_status fm_block_moe(fm_model *m, const fm_batch *b, int32_t layer)
     const fm_layer *y = &m->layers[layer];
     struct fm_wave *w = m->wave;
     const int64_t t0 = fm_clock_ns();
-    FM_TRY(fm_moe_route(m, y, b->n_rows, m->s.route_ids, m->s.route_w));
+    FM_TRY(fm_moe_route(m, y, m->s.h, b->n_rows, m->s.route_ids, m->s.route_w));
     FM_TRY(m->be->v->sync(m->be));
     fm_moe_take_routes(m, b, layer);
     FM_PHASE_END(m, router, layer, t0);
@@ -230,59 +258,4 @@ fm_status fm_block_moe(fm_model *m, const fm_batch *b, int32_t layer)
         FM_TRY(status);
     }
     return fm_moe_add_shared(m, b, y);
-}
-
-/* ---- guesses for the next layer ---------------------------------------------------------------------------- */
-
-fm_status fm_moe_guess_all(fm_model *m, int32_t layer)
-{
-    struct fm_wave *w = m->wave;
-    const int32_t slots = fm_experts_slots(m->experts);
-    const int64_t room = slots / 4 > SWEEP_WINDOW / 2 ? SWEEP_WINDOW / 2 : slots / 4;
-    int n = 0;
-    for (int32_t e = 0; e < m->c.num_experts && n < room && n < w->max; e++)
-        if (!fm_experts_present(m->experts, layer, e))
-            w->order[n++] = e; /* not ids: they may still be pinned */
-    return fm_experts_hint(m->experts, layer, w->order, n, FM_HINT_GUESS);
-}
-
-fm_status fm_moe_guess_route(fm_model *m, int64_t n, int32_t layer, int32_t *ids)
-{
-    const fm_layer *y = &m->layers[layer];
-    const int64_t H = m->c.hidden_size;
-    FM_TRY(m->be->v->rmsnorm(m->be, m->s.x, H, y->post_norm, (float)m->c.rms_norm_eps, m->s.h, H, n, H));
-    return fm_moe_route(m, y, n, ids, m->s.route_w);
-}
-
-fm_status fm_moe_guess_hint(fm_model *m, int64_t n, int32_t layer, const int32_t *ids)
-{
-    struct fm_wave *w = m->wave;
-    const int64_t take = m->lookahead < m->k ? m->lookahead : m->k;
-    int n_ids = 0;
-    for (int64_t j = 0; j < take; j++) /* the surest of every row first */
-        for (int64_t r = 0; r < n && n_ids < w->max; r++)
-            w->order[n_ids++] = ids[r * m->k + j];
-    return fm_experts_hint(m->experts, layer, w->order, n_ids, FM_HINT_GUESS);
-}
-
-fm_guess fm_moe_guess_kind(const fm_model *m, const fm_batch *b, int32_t layer)
-{
-    if (layer >= m->c.num_hidden_layers || m->layers[layer].ffn != FM_FFN_MOE ||
-        fm_experts_slots(m->experts) >= fm_experts_total(m->experts))
-        return FM_GUESS_NONE;
-    if (b->n_rows * m->k >= 2 * m->c.num_experts)
-        return FM_GUESS_ALL; /* its rows want nearly every expert */
-    return m->lookahead > 0 ? FM_GUESS_ROUTED : FM_GUESS_NONE;
-}
-
-fm_status fm_guess_next(fm_model *m, const fm_batch *b, int32_t layer)
-{
-    const fm_guess kind = fm_moe_guess_kind(m, b, layer + 1);
-    if (kind == FM_GUESS_ALL)
-        return fm_moe_guess_all(m, layer + 1);
-    if (kind == FM_GUESS_NONE)
-        return FM_OK;
-    FM_TRY(fm_moe_guess_route(m, b->n_rows, layer + 1, m->s.route_ids));
-    FM_TRY(m->be->v->sync(m->be));
-    return fm_moe_guess_hint(m, b->n_rows, layer + 1, m->s.route_ids);
 }

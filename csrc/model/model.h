@@ -56,6 +56,26 @@ typedef struct fm_scratch {
     int64_t part_rows, logit_rows;
 } fm_scratch;
 
+/* When the next layer's router is asked: before this layer's experts are added to the residual stream, or after. */
+typedef enum fm_guess_time { FM_GUESS_EARLY, FM_GUESS_LATE, FM_GUESS_TIMES } fm_guess_time;
+
+/* How many experts to read on a guess, learned from which guesses came true. See lookahead.c. */
+typedef struct fm_lookahead {
+    int64_t depth; /* experts guessed per row; 0: none, FM_LOOKAHEAD_AUTO: those that pay */
+    float right[FM_GUESS_TIMES][FM_MAX_TOP_K]; /* running share of absent guesses that came true, by rank */
+    struct {
+        int32_t id;
+        int16_t time, rank;
+    } open[FM_GUESS_TIMES * FM_MAX_TOP_K]; /* guesses about open_layer, not yet judged */
+    int32_t open_layer, n_open;
+    int64_t n_predicted, n_right; /* judged so far; those that were in a slot already are not counted */
+    float found[FM_GUESS_TIMES]; /* running number of them per asking */
+    int32_t n_seen[FM_GUESS_TIMES][FM_MAX_TOP_K], n_judged[FM_GUESS_TIMES]; /* values in right and found, to a limit */
+    bool asked[FM_GUESS_TIMES];  /* about open_layer */
+    int64_t n_askings[FM_GUESS_TIMES];
+} fm_lookahead;
+enum { FM_LOOKAHEAD_AUTO = -1 };
+
 typedef struct fm_model {
     fm_config c;
     const fm_arch *arch;
@@ -79,7 +99,7 @@ typedef struct fm_model {
     float **out;
     fm_phases phases;
     fm_trace trace;   /* off unless opened */
-    int64_t lookahead; /* experts guessed per row for the next layer; 0: none */
+    fm_lookahead lookahead;
 } fm_model;
 
 /* One forward. Rows of a sequence are consecutive; spans[i] is state[i]'s share. */

@@ -161,7 +161,7 @@ static fm_status record_moe(fm_model *m, const fm_batch *b, int32_t layer)
 {
     const fm_layer *y = &m->layers[layer];
     const int64_t t0 = fm_clock_ns();
-    FM_TRY(fm_moe_route(m, y, b->n_rows, m->s.route_ids, m->s.route_w));
+    FM_TRY(fm_moe_route(m, y, m->s.h, b->n_rows, m->s.route_ids, m->s.route_w));
     FM_TRY(m->be->v->tell(m->be, &m->pipe->at[layer].routed));
     FM_PHASE_END(m, router, layer, t0);
     if (y->shared_gate_proj)
@@ -177,7 +177,7 @@ static fm_status record_layer(fm_model *m, const fm_batch *b, int32_t layer)
 {
     FM_TRY(fm_run_mixer(m, b, layer));
     FM_TRY(m->layers[layer].ffn == FM_FFN_MOE ? record_moe(m, b, layer) : fm_block_mlp(m, b, layer));
-    if (fm_moe_guess_kind(m, b, layer + 1) != FM_GUESS_ROUTED)
+    if (fm_moe_guess_kind(m, b, layer + 1) != FM_GUESS_ROUTED || !fm_moe_guess_asks(m, FM_GUESS_LATE))
         return FM_OK;
     FM_TRY(fm_moe_guess_route(m, b->n_rows, layer + 1, m->pipe->guess_ids));
     return m->be->v->tell(m->be, &m->pipe->at[layer + 1].guessed);
@@ -292,9 +292,9 @@ static fm_status serve_layer(fm_model *m, const fm_batch *b, int32_t layer)
         FM_TRY(await(m, at->guessed));
         FM_TRY(retire(m));
         FM_TRY(check_ids(m, b->n_rows * m->k, m->pipe->guess_ids, layer));
-        FM_TRY(fm_moe_guess_hint(m, b->n_rows, layer, m->pipe->guess_ids));
+        FM_TRY(fm_moe_guess_hint(m, b->n_rows, layer, m->pipe->guess_ids, FM_GUESS_LATE));
     } else if (fm_moe_guess_kind(m, b, layer) == FM_GUESS_ALL && layer > 0)
-        FM_TRY(fm_moe_guess_all(m, layer));
+        FM_TRY(fm_moe_guess_all(m, layer, 0));
     FM_TRY(fm_check_cancel(b));
     FM_TRY(await(m, at->routed));
     FM_TRY(retire(m));

@@ -24,6 +24,7 @@ fm_status fm_wave_open(const fm_config *c, int64_t k, int64_t max_rows, struct f
         tmp.hist = fm_take_ints(a, max_rows + 1);
         tmp.keep = fm_arena_take(a, E * sizeof(bool));
         tmp.ids = fm_take_ints(a, (int64_t)n);
+        tmp.guess = fm_take_ints(a, (int64_t)n);
         tmp.slices = fm_arena_take(a, n * sizeof(fm_slice));
         tmp.claimed = fm_arena_take(a, n * sizeof(bool));
         tmp.ran = fm_arena_take(a, n * sizeof(bool));

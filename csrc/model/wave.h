@@ -19,6 +19,7 @@ struct fm_wave {
     int32_t *hist;    /* [rows + 1] experts by number of rows */
     bool *keep;       /* [n_experts] stay cached after a sweep */
     int32_t *ids;     /* of the wave */
+    int32_t *guess;   /* ids to be read on a guess */
     fm_slice *slices;
     bool *claimed, *ran, *cool;
     fm_mat (*mats)[FM_ROLE_COUNT];
@@ -44,8 +45,8 @@ int fm_wave_jobs(const fm_model *m, struct fm_wave *w);
 void fm_wave_parts(const fm_model *m, const struct fm_wave *w, int64_t n_rows, const fm_parts *to);
 
 /* block_moe.c */
-/* Router logits and choices of n rows of s.h, recorded. */
-fm_status fm_moe_route(fm_model *m, const fm_layer *y, int64_t n, int32_t *ids, float *weights);
+/* Router logits and choices of n rows of h, recorded. */
+fm_status fm_moe_route(fm_model *m, const fm_layer *y, const float *h, int64_t n, int32_t *ids, float *weights);
 /* The shared expert's output goes to shared_y and is added last. */
 fm_status fm_moe_shared(fm_model *m, const fm_batch *b, const fm_layer *y, int32_t layer);
 fm_status fm_moe_add_shared(fm_model *m, const fm_batch *b, const fm_layer *y);
@@ -56,13 +57,23 @@ bool fm_moe_plan(fm_model *m, const fm_batch *b);
 /* The error of a part that is not finite: names the tensor, or the expert. */
 fm_status fm_moe_nonfinite(const fm_model *m, const struct fm_wave *w, int32_t layer, int64_t part);
 
+/* lookahead.c */
 typedef enum fm_guess { FM_GUESS_NONE, FM_GUESS_ALL, FM_GUESS_ROUTED } fm_guess;
 /* How the experts of `layer` are guessed while the layer before it runs. */
 fm_guess fm_moe_guess_kind(const fm_model *m, const fm_batch *b, int32_t layer);
-/* ALL: read them in file order. */
-fm_status fm_moe_guess_all(fm_model *m, int32_t layer);
-/* ROUTED: record the router of `layer` on the residual stream as it is; then hint what it chose. */
+/* ALL: read them in file order, as far as a sweep's window has room beside n_taken slots. */
+fm_status fm_moe_guess_all(fm_model *m, int32_t layer, int64_t n_taken);
+/* ROUTED: whether asking the router pays now; not asking is always right. */
+bool fm_moe_guess_asks(fm_model *m, fm_guess_time time);
+/* ROUTED: record the router of `layer` on the residual stream as it is, choices to ids; then, after a sync, hint what
+ * it chose. */
 fm_status fm_moe_guess_route(fm_model *m, int64_t n, int32_t layer, int32_t *ids);
-fm_status fm_moe_guess_hint(fm_model *m, int64_t n, int32_t layer, const int32_t *ids);
+fm_status fm_moe_guess_hint(fm_model *m, int64_t n, int32_t layer, const int32_t *ids, fm_guess_time time);
+/* Both steps before this layer's experts run: scratch of parts and combine is used, s.h is kept. */
+fm_status fm_moe_guess_early(fm_model *m, const fm_batch *b, int32_t layer);
+/* The routers of `layer` have chosen w->order: which guesses came true. */
+void fm_moe_guess_judge(fm_model *m, int32_t layer);
+/* Slots that pass a layer's experts through when it wants more than its share. */
+int32_t fm_moe_window(const fm_model *m);
 
 #endif

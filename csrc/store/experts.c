@@ -13,7 +13,7 @@
 #include "store/expert_layout.h"
 #include "store/weights.h"
 
-enum { MAX_IN_FLIGHT = 4096, WAIT_STEP_NS = 50 * 1000 * 1000 };
+enum { GUESS_SHARE = 4 /* guesses fill at most one slot in so many */, MAX_IN_FLIGHT = 4096, WAIT_STEP_NS = 50 * 1000 * 1000 };
 
 typedef enum slot_state { SLOT_EMPTY, SLOT_LOADING, SLOT_READY } slot_state;
 
@@ -23,6 +23,9 @@ typedef struct expert_slot {
     bool failed, demand;
     bool fresh;          /* read and not yet claimed: its first claim is a miss */
     bool guess;          /* read on a guess that no claim confirmed yet */
+    bool stale;          /* that guess was wrong */
+    int32_t guess_at;    /* in guesses, while it may still come true */
+    int32_t first_req;   /* its reads under way, linked by sibling; -1: none */
     uint32_t crc[FM_MAX_PARTS];
 } expert_slot;
 
@@ -38,7 +41,10 @@ struct fm_experts {
     int32_t n_layers;
     int64_t stride; /* keys per layer */
     fm_io_req *reqs, *free_reqs;
+    int32_t *sibling; /* [n_reqs] the next read of the same slot, -1 */
     int n_reqs, in_flight;
+    int32_t *guesses; /* [n_slots] slots of guesses that may come true: being read, or ready and not claimed */
+    int32_t n_guesses;
     bool verify;
     fm_expert_stats stats;
     fm_trace *trace; /* borrowed, or NULL */
@@ -91,6 +97,10 @@ static fm_status open_tables(fm_experts *e, const fm_experts_opts *o)
     e->n_reqs = (int)(most < MAX_IN_FLIGHT ? most : MAX_IN_FLIGHT);
     FM_TRY(fm_alloc((size_t)e->n_reqs * sizeof(fm_io_req), &p));
     e->reqs = p;
+    FM_TRY(fm_alloc((size_t)e->n_reqs * sizeof(int32_t), &p));
+    e->sibling = p;
+    FM_TRY(fm_alloc((size_t)o->n_slots * sizeof(int32_t), &p));
+    e->guesses = p;
     for (int i = 0; i < e->n_reqs; i++)
         free_request(e, &e->reqs[i]);
     e->slot_bytes = fm_expert_layout_max(e->d, e->align);
@@ -168,6 +178,26 @@ static void trace_read(const fm_experts *e, const fm_io_req *r, int64_t key, boo
                      (int32_t)(key % e->stride), t0, t0 + r->ns_read, (int64_t)r->done_bytes);
 }
 
+static void unlink_request(fm_experts *e, expert_slot *s, const fm_io_req *r)
+{
+    const int32_t i = (int32_t)(r - e->reqs);
+    int32_t *at = &s->first_req;
+    while (*at != i)
+        at = &e->sibling[*at];
+    *at = e->sibling[i];
+}
+
+/* Whether the guess in this slot came true is known now, or does not matter any more. */
+static void settle_guess(fm_experts *e, expert_slot *s)
+{
+    if (s->guess && !s->stale) {
+        const int32_t last = e->guesses[--e->n_guesses];
+        e->guesses[s->guess_at] = last;
+        e->slots[last].guess_at = s->guess_at;
+    }
+    s->guess = s->stale = false;
+}
+
 /* Takes one read in. A failed one that someone waits for (demand) is that someone's error, unless the caller has one
  * already: word is then false and the message stays. A guess's failure is nobody's. */
 static fm_status complete(fm_experts *e, fm_io_req *r, bool word)
@@ -182,6 +212,7 @@ static fm_status complete(fm_experts *e, fm_io_req *r, bool word)
     e->stats.bytes_read += (int64_t)r->done_bytes;
     e->stats.read_ns += r->ns_read;
     e->stats.crc_ns += r->ns_crc;
+    e->stats.guess_wasted_bytes += s->stale ? (int64_t)r->done_bytes : 0;
     s->crc[part] = r->crc;
     trace_read(e, r, key, s->guess);
     if (r->status != FM_OK) {
@@ -190,9 +221,11 @@ static fm_status complete(fm_experts *e, fm_io_req *r, bool word)
             status = word_failure(e, r, key);
         s->failed = true;
     }
+    unlink_request(e, s, r);
     free_request(e, r);
     if (--s->pending > 0)
         return status;
+    e->stats.guessed += s->guess && !s->failed;
     if (!s->failed && !crc_matches(e, slot, key, &have)) {
         s->failed = true;
         e->stats.n_failed++;
@@ -201,8 +234,10 @@ static fm_status complete(fm_experts *e, fm_io_req *r, bool word)
     }
     fm_cache_unpin(e->cache, slot);
     s->state = s->failed ? SLOT_EMPTY : SLOT_READY;
-    if (s->failed)
+    if (s->failed) {
+        settle_guess(e, s);
         fm_cache_drop(e->cache, slot);
+    }
     return status;
 }
 
@@ -235,6 +270,8 @@ void fm_experts_close(fm_experts *e)
     fm_cache_close(e->cache);
     fm_free(e->slots);
     fm_free(e->layer_at);
+    fm_free(e->sibling);
+    fm_free(e->guesses);
     fm_free(e->reqs);
     fm_free(e);
 }
@@ -242,13 +279,6 @@ void fm_experts_close(fm_experts *e)
 /* ---- hint, claim, release ---------------------------------------------------------------------------------- */
 
 static int free_requests(const fm_experts *e) { return e->n_reqs - e->in_flight; }
-
-static void drop_guess(fm_experts *e, int32_t slot)
-{
-    if (e->slots[slot].guess && e->slots[slot].state == SLOT_READY)
-        e->stats.guess_wasted_bytes += (int64_t)e->slot_bytes;
-    e->slots[slot].guess = false;
-}
 
 /* *started is false when no slot or request is free now. */
 static fm_status start_read(fm_experts *e, int32_t layer, int32_t id, fm_hint kind, bool *started)
@@ -263,16 +293,22 @@ static fm_status start_read(fm_experts *e, int32_t layer, int32_t id, fm_hint ki
     const int32_t slot = fm_cache_take(e->cache, key_of(e, layer, id));
     if (slot < 0)
         return FM_OK;
-    drop_guess(e, slot);
     expert_slot *s = &e->slots[slot];
+    if (s->guess && !s->stale) /* evicted before anybody knew */
+        e->stats.guess_wasted_bytes += (int64_t)e->slot_bytes;
+    settle_guess(e, s);
     *s = (expert_slot){.state = SLOT_LOADING,
                        .pending = (int16_t)l.n_parts,
                        .demand = kind != FM_HINT_GUESS,
                        .fresh = true,
-                       .guess = kind == FM_HINT_GUESS};
+                       .guess = kind == FM_HINT_GUESS,
+                       .guess_at = e->n_guesses,
+                       .first_req = -1};
     for (int i = 0; i < l.n_parts; i++) {
         fm_io_req *r = reqs[i] = e->free_reqs;
         e->free_reqs = r->next;
+        e->sibling[r - e->reqs] = s->first_req;
+        s->first_req = (int32_t)(r - e->reqs);
         *r = (fm_io_req){
             .file = l.part[i].file,
             .priority = kind == FM_HINT_GUESS,
@@ -292,15 +328,25 @@ static fm_status start_read(fm_experts *e, int32_t layer, int32_t id, fm_hint ki
     if (status != FM_OK) {
         for (int i = 0; i < l.n_parts; i++)
             free_request(e, reqs[i]);
-        s->state = SLOT_EMPTY;
+        *s = (expert_slot){.state = SLOT_EMPTY};
         fm_cache_unpin(e->cache, slot);
         fm_cache_drop(e->cache, slot);
         return status;
     }
     e->in_flight += l.n_parts;
-    e->stats.guessed += kind == FM_HINT_GUESS;
+    if (kind == FM_HINT_GUESS)
+        e->guesses[e->n_guesses++] = slot;
     *started = true;
     return FM_OK;
+}
+
+/* Somebody waits for this slot from now on: its reads overtake all guesses. */
+static void demand_slot(fm_experts *e, expert_slot *s)
+{
+    if (s->state == SLOT_LOADING && !s->demand)
+        for (int32_t i = s->first_req; i >= 0; i = e->sibling[i])
+            (void)fm_io_promote(e->io, &e->reqs[i]);
+    s->demand = true;
 }
 
 fm_status fm_experts_hint(fm_experts *e, int32_t layer, const int32_t *ids, int n, fm_hint kind)
@@ -310,11 +356,13 @@ fm_status fm_experts_hint(fm_experts *e, int32_t layer, const int32_t *ids, int 
         if (slot < 0)
             continue;
         fm_cache_touch(e->cache, slot); /* so that the wave's own hits are not evicted */
-        e->slots[slot].demand = true;
+        demand_slot(e, &e->slots[slot]);
     }
     for (int i = 0; i < n; i++) {
         if (fm_cache_find(e->cache, key_of(e, layer, ids[i])) >= 0)
             continue;
+        if (kind == FM_HINT_GUESS && e->n_guesses >= fm_cache_slots(e->cache) / GUESS_SHARE)
+            break;
         bool started; /* a demanded read that cannot start yet is started by claim */
         FM_TRY(start_read(e, layer, ids[i], kind, &started));
         if (!started)
@@ -333,20 +381,25 @@ static bool among(int32_t id, const int32_t *ids, int n)
 
 void fm_experts_expire(fm_experts *e, int32_t layer, const int32_t *ids, int n)
 {
-    for (int i = 0; i < e->n_reqs && e->in_flight > 0; i++) {
-        fm_io_req *r = &e->reqs[i];
-        if (r->tag == NO_TAG)
-            continue;
-        const int32_t slot = (int32_t)(r->tag & 0xffffffffu);
-        if (!e->slots[slot].guess || e->slots[slot].state != SLOT_LOADING || e->slots[slot].demand)
-            continue;
+    for (int32_t i = e->n_guesses; i-- > 0;) {
+        const int32_t slot = e->guesses[i];
+        expert_slot *s = &e->slots[slot];
         const int64_t key = fm_cache_key(e->cache, slot);
-        if (key / e->stride == e->layer_at[layer] && !among((int32_t)(key % e->stride), ids, n)) {
-            fm_cache_cool(e->cache, slot);
-            (void)fm_io_cancel(e->io, r); /* a completion follows either way */
+        if (s->demand || key / e->stride != e->layer_at[layer] || among((int32_t)(key % e->stride), ids, n))
+            continue;
+        settle_guess(e, s);
+        fm_cache_cool(e->cache, slot);
+        if (s->state == SLOT_READY) {
+            e->stats.guess_wasted_bytes += (int64_t)e->slot_bytes;
+            continue;
         }
+        s->guess = s->stale = true; /* for the counters, when its reads end */
+        for (int32_t r = s->first_req; r >= 0; r = e->sibling[r])
+            (void)fm_io_cancel(e->io, &e->reqs[r]); /* a completion follows either way */
     }
 }
+
+int32_t fm_experts_guesses(const fm_experts *e) { return e->n_guesses; }
 
 typedef const uint8_t *role_areas[FM_ROLE_COUNT][FM_AREA_COUNT];
 
@@ -406,33 +459,50 @@ static void take_ready(fm_experts *e, int32_t slot)
         e->stats.misses++;
     else
         e->stats.hits++;
-    e->stats.guess_used += s->guess;
+    e->stats.guess_used += s->guess && !s->stale;
     s->fresh = false;
-    s->guess = false;
+    settle_guess(e, s);
+}
+
+/* One round over what is not claimed yet; *missing is how many were not. */
+static fm_status claim_ready(fm_experts *e, int32_t layer, const int32_t *ids, int n, bool *claimed,
+                             fm_mat (*mats)[FM_ROLE_COUNT], int *n_new, int *missing)
+{
+    *n_new = *missing = 0;
+    for (int i = 0; i < n; i++) {
+        if (claimed[i])
+            continue;
+        ++*missing;
+        const int32_t slot = fm_cache_find(e->cache, key_of(e, layer, ids[i]));
+        if (slot < 0) {
+            bool started;
+            FM_TRY(start_read(e, layer, ids[i], FM_HINT_DEMAND, &started));
+        } else if (e->slots[slot].state == SLOT_READY) {
+            take_ready(e, slot);
+            fill_mats(e, layer, ids[i], slot, mats[i]);
+            claimed[i] = true;
+            ++*n_new;
+        } else
+            demand_slot(e, &e->slots[slot]);
+    }
+    return FM_OK;
+}
+
+fm_status fm_experts_poll(fm_experts *e, int32_t layer, const int32_t *ids, int n, bool *claimed,
+                          fm_mat (*mats)[FM_ROLE_COUNT], int *n_new)
+{
+    int missing;
+    if (e->in_flight > 0)
+        FM_TRY(wait_reads(e, 0, 0));
+    return claim_ready(e, layer, ids, n, claimed, mats, n_new, &missing);
 }
 
 fm_status fm_experts_claim(fm_experts *e, int32_t layer, const int32_t *ids, int n, bool *claimed,
                            fm_mat (*mats)[FM_ROLE_COUNT], const atomic_bool *cancel, int *n_new)
 {
-    *n_new = 0;
     for (;;) {
-        int missing = 0;
-        for (int i = 0; i < n; i++) {
-            if (claimed[i])
-                continue;
-            missing++;
-            const int32_t slot = fm_cache_find(e->cache, key_of(e, layer, ids[i]));
-            if (slot < 0) {
-                bool started;
-                FM_TRY(start_read(e, layer, ids[i], FM_HINT_DEMAND, &started));
-            } else if (e->slots[slot].state == SLOT_READY) {
-                take_ready(e, slot);
-                fill_mats(e, layer, ids[i], slot, mats[i]);
-                claimed[i] = true;
-                ++*n_new;
-            } else
-                e->slots[slot].demand = true;
-        }
+        int missing;
+        FM_TRY(claim_ready(e, layer, ids, n, claimed, mats, n_new, &missing));
         if (*n_new > 0 || missing == 0)
             return FM_OK;
         if (cancel && atomic_load_explicit(cancel, memory_order_relaxed))
@@ -464,6 +534,28 @@ void fm_experts_release(fm_experts *e, int32_t layer, const int32_t *ids, int n,
         if (cool && cool[i])
             fm_cache_cool(e->cache, slot);
     }
+}
+
+fm_status fm_experts_reread(fm_experts *e, const int32_t *layers, const int32_t *ids, int64_t n)
+{
+    fm_status first = FM_OK;
+    for (int64_t i = 0; i < n && first == FM_OK;) {
+        const int32_t layer = layers[i], slot = fm_cache_find(e->cache, key_of(e, layer, ids[i]));
+        bool started = slot >= 0 && e->slots[slot].state == SLOT_LOADING; /* it is asked twice */
+        if (slot >= 0 && !started && fm_cache_pins(e->cache, slot) == 0) {
+            settle_guess(e, &e->slots[slot]);
+            fm_cache_drop(e->cache, slot);
+        }
+        first = started ? FM_OK : start_read(e, layer, ids[i], FM_HINT_DEMAND, &started);
+        i += started;
+        if (first == FM_OK && !started)
+            first = e->in_flight > 0 ? wait_reads(e, 1, -1) : fm_fail(FM_ERR_STATE, "all expert slots are pinned");
+    }
+    while (e->in_flight > 0) { /* all are taken in, whatever the first failure was */
+        const fm_status s = wait_reads(e, 1, -1);
+        first = first == FM_OK ? s : first;
+    }
+    return first;
 }
 
 fm_status fm_experts_check_finite(const fm_experts *e, int32_t layer, int32_t id)
@@ -510,6 +602,8 @@ bool fm_experts_present(const fm_experts *e, int32_t layer, int32_t id)
 fm_status fm_experts_resize(fm_experts *e, int32_t n_slots)
 {
     drain(e);
+    while (e->n_guesses > 0) /* their slots may go */
+        settle_guess(e, &e->slots[e->guesses[e->n_guesses - 1]]);
     const int32_t was = fm_cache_slots(e->cache);
     FM_TRY(fm_cache_resize(e->cache, n_slots));
     if (n_slots < was)

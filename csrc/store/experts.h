@@ -23,7 +23,7 @@ typedef struct fm_experts_opts {
     size_t split_bytes;     /* read an expert in parts of about this size; 0: FM_EXPERTS_SPLIT_BYTES */
 } fm_experts_opts;
 
-enum { FM_EXPERTS_SPLIT_BYTES = 4 << 20 };
+enum { FM_EXPERTS_SPLIT_BYTES = 512 << 10 };
 
 typedef struct fm_expert_stats {
     int64_t hits, misses;         /* of demanded experts; a miss was read for this demand or a guess of it */
@@ -31,8 +31,8 @@ typedef struct fm_expert_stats {
     int64_t wait_ns;              /* the compute thread waited for reads */
     int64_t read_ns, crc_ns;      /* summed over I/O workers */
     int64_t n_failed;
-    int64_t guessed, guess_used;  /* experts read on a guess; of them, claimed later */
-    int64_t guess_wasted_bytes;   /* read on guesses that were evicted unused */
+    int64_t guessed, guess_used;  /* experts read on a guess; of them, claimed */
+    int64_t guess_wasted_bytes;   /* read on guesses that were wrong */
 } fm_expert_stats;
 
 /* d, io, be are borrowed and must outlive it. */
@@ -43,21 +43,27 @@ void fm_experts_close(fm_experts *e); /* NULL is fine; waits for reads */
 typedef enum fm_hint {
     FM_HINT_DEMAND, /* will be claimed now; a use to the cache */
     FM_HINT_AHEAD,  /* certain, but later: queued behind, in order */
-    FM_HINT_GUESS,  /* may be wrong: lowest priority, dropped by fm_experts_expire, never an error */
+    FM_HINT_GUESS,  /* may be wrong: lowest priority, a part of the slots at most, dropped by fm_experts_expire, never
+                     * an error; a demand for it later overtakes the other guesses */
 } fm_hint;
 
 /* Start reads for what is not there, as far as free slots and requests go. DEMAND and AHEAD of one wave and what
  * follows it: at most n_slots experts together, else they evict each other. layer is the model's layer number. */
 fm_status fm_experts_hint(fm_experts *e, int32_t layer, const int32_t *ids, int n, fm_hint kind);
 
-/* Cancel guesses for this layer that are not among ids and whose reads have not started; cool those that have. */
+/* Guesses for this layer that are not among ids are wrong: cancel those whose reads have not started, let the slots
+ * of the others go first. */
 void fm_experts_expire(fm_experts *e, int32_t layer, const int32_t *ids, int n);
+int32_t fm_experts_guesses(const fm_experts *e); /* slots of guesses that may still come true */
 
 /* For each i with !claimed[i] that is ready: pin, set claimed[i], fill mats[i] = {gate, up, down}. Blocks until at
  * least one new is ready; *n_new tells how many. cancel (may be NULL) ends the wait with FM_ERR_CANCELLED.
  * On error the pins taken so far stay: release what is claimed. */
 fm_status fm_experts_claim(fm_experts *e, int32_t layer, const int32_t *ids, int n, bool *claimed,
                            fm_mat (*mats)[FM_ROLE_COUNT], const atomic_bool *cancel, int *n_new);
+/* Like claim, but never waits: *n_new may be 0. What it pins, guesses that follow cannot evict. */
+fm_status fm_experts_poll(fm_experts *e, int32_t layer, const int32_t *ids, int n, bool *claimed,
+                          fm_mat (*mats)[FM_ROLE_COUNT], int *n_new);
 /* Matrices like those of every expert of the layer: shape, format, strides. Their addresses only tell an alignment:
  * that of the least aligned expert. */
 void fm_experts_like(const fm_experts *e, int32_t layer, fm_mat mats[FM_ROLE_COUNT]);
@@ -65,6 +71,10 @@ void fm_experts_like(const fm_experts *e, int32_t layer, fm_mat mats[FM_ROLE_COU
 void fm_experts_disown(fm_experts *e);
 /* cool (may be NULL): cool[i] lets expert i go before any other, for sweeps that would flush the cache. */
 void fm_experts_release(fm_experts *e, int32_t layer, const int32_t *ids, int n, const bool *claimed, const bool *cool);
+
+/* Read experts into slots again though they may be there, as many at a time as the slots and requests allow, and wait
+ * for all: what the device alone takes. None may be claimed. ids[i] is of layer layers[i]. */
+fm_status fm_experts_reread(fm_experts *e, const int32_t *layers, const int32_t *ids, int64_t n);
 
 /* Names the tensor of a claimed expert that holds NaN or infinity; FM_OK if none does. */
 fm_status fm_experts_check_finite(const fm_experts *e, int32_t layer, int32_t id);

@@ -88,7 +88,7 @@ def generate(
     backend: opt.Backend = "auto",
     numeric: opt.Numeric = "auto",
     kv_format: opt.KvFormat = "f32",
-    lookahead: opt.Lookahead = 0,
+    lookahead: opt.Lookahead = "auto",
     cache_policy: opt.CachePolicy = "lru",
     json: opt.Json = False,
     quiet: opt.Quiet = False,
@@ -116,7 +116,7 @@ def generate(
         backend=backend,
         numeric=numeric,
         kv_format=kv_format,
-        lookahead=lookahead,
+        lookahead=int(lookahead) if lookahead.isdigit() else lookahead,
         cache_policy=cache_policy,
         on_plan=show_plan,
     ) as engine:

@@ -51,7 +51,10 @@ KvFormat = Annotated[
     ),
 ]
 Lookahead = Annotated[
-    int, typer.Option(help="Experts per token read on a guess for the next layer.")
+    str,
+    typer.Option(
+        help="Experts per token read on a guess for the next layer, or auto: those that pay."
+    ),
 ]
 CachePolicy = Annotated[str, typer.Option(help="Who leaves the expert slots: lru, clock or lfu.")]
 PrefillChunk = Annotated[
@@ -87,6 +90,11 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Nothing on stderr bu
 def stderr(quiet: bool = False) -> Console:
     """Return a console on stderr."""
     return Console(file=sys.stderr, quiet=quiet, highlight=False, markup=False, soft_wrap=True)
+
+
+def lookahead(text: str) -> int | str:
+    """Return the number, or "auto"; ValueError for anything else."""
+    return text if text == "auto" else int(text)
 
 
 def print_json(value: Any) -> None:

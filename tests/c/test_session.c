@@ -139,7 +139,7 @@ static void failing_opens(void)
     REFUSED(context, 0, FM_ERR_ARG);
     REFUSED(backend, "nosuch", FM_ERR_ARG);
     REFUSED(cache_policy, "nosuch", FM_ERR_ARG);
-    REFUSED(lookahead, -1, FM_ERR_ARG);
+    REFUSED(lookahead, -2, FM_ERR_ARG);
     REFUSED(max_rows, 1 << 20, FM_ERR_ARG);
     char keep[sizeof t.path];
     memcpy(keep, t.path, sizeof keep);

@@ -156,12 +156,99 @@ static void failed_guess(void)
 {
     store s;
     const int32_t ids[2] = {3, 5};
-    const fm_experts_opts o = {4, true, FM_CACHE_LRU, 0};
+    const fm_experts_opts o = {8, true, FM_CACHE_LRU, 0}; /* guesses fill a quarter at most */
     const bool packed = t.experts[0].seg_off[1] == t.experts[0].seg_off[0] + 1024; /* else nine reads each */
     if (open_store(&s, "fault", packed ? "eio@1,corrupt@2" : "eio@1,eio@10", o)) {
         CHECK_INT(fm_experts_hint(s.e, 0, ids, 2, FM_HINT_GUESS), FM_OK);
-        CHECK_INT(fm_experts_resize(s.e, 4), FM_OK); /* waits */
+        CHECK_INT(fm_experts_resize(s.e, 8), FM_OK); /* waits */
         CHECK(!fm_experts_present(s.e, 0, 3) && !fm_experts_present(s.e, 0, 5));
+        CHECK_INT(demand(&s, 0, ids, 2), FM_OK);
+    }
+    close_store(&s);
+}
+
+/* Right guesses are used, wrong ones are counted, more than a quarter of the slots are not begun. */
+static void guesses(void)
+{
+    store s;
+    const int32_t ids[4] = {3, 5, 6, 7};
+    const fm_experts_opts o = {8, true, FM_CACHE_LRU, 0};
+    fm_expert_stats x;
+    if (open_store(&s, "pread", NULL, o)) {
+        CHECK_INT(fm_experts_hint(s.e, 0, ids, 4, FM_HINT_GUESS), FM_OK);
+        CHECK_INT(fm_experts_guesses(s.e), 2);
+        CHECK(!fm_experts_present(s.e, 0, 6));
+        fm_experts_expire(s.e, 1, ids + 2, 2); /* of another layer: nothing */
+        CHECK_INT(fm_experts_guesses(s.e), 2);
+        bool claimed = false;
+        fm_mat mats[1][FM_ROLE_COUNT];
+        int n_new;
+        CHECK_INT(fm_experts_claim(s.e, 0, ids + 1, 1, &claimed, mats, NULL, &n_new), FM_OK);
+        fm_experts_release(s.e, 0, ids + 1, 1, &claimed, NULL);
+        CHECK_INT(fm_experts_guesses(s.e), 1);
+        fm_experts_expire(s.e, 0, ids + 1, 1); /* 3 was wrong */
+        CHECK_INT(fm_experts_guesses(s.e), 0);
+        fm_experts_get_stats(s.e, &x);
+        CHECK_INT(x.guess_used, 1);
+        CHECK(x.guessed <= 2);
+        CHECK_INT(demand(&s, 0, ids, 4), FM_OK);
+    }
+    close_store(&s);
+}
+
+/* poll never waits; what it returns is pinned and right. */
+static void polled(void)
+{
+    store s;
+    const int32_t ids[2] = {1, 2};
+    const fm_experts_opts o = {4, true, FM_CACHE_LRU, 0};
+    if (open_store(&s, "fault", "delay=2000us", o)) {
+        bool claimed[2] = {false};
+        fm_mat mats[2][FM_ROLE_COUNT];
+        int n_new = -1, n = 0;
+        CHECK_INT(fm_experts_poll(s.e, 0, ids, 2, claimed, mats, &n_new), FM_OK); /* begins the reads */
+        CHECK_INT(n_new, 0);
+        for (; n < 2; n += n_new)
+            REQUIRE(fm_experts_poll(s.e, 0, ids, 2, claimed, mats, &n_new) == FM_OK);
+        CHECK_INT(fm_experts_pinned(s.e), 2);
+        check_bytes(0, 1, mats[0]);
+        check_bytes(0, 2, mats[1]);
+        fm_experts_release(s.e, 0, ids, 2, claimed, NULL);
+    }
+    close_store(&s);
+    if (open_store(&s, "fault", "eio@1", o)) { /* a demanded read that fails is an error of whoever looks next */
+        bool claimed[2] = {false};
+        fm_mat mats[2][FM_ROLE_COUNT];
+        int n_new;
+        fm_status status = FM_OK;
+        for (int n = 0; status == FM_OK && n < 2; n += n_new)
+            status = fm_experts_poll(s.e, 0, ids, 2, claimed, mats, &n_new);
+        CHECK_INT(status, FM_ERR_IO);
+        fm_experts_release(s.e, 0, ids, 2, claimed, NULL);
+    }
+    close_store(&s);
+}
+
+/* Every expert is read anew, more than there are slots, one of them twice at once. */
+static void reread(void)
+{
+    store s;
+    const int32_t layers[] = {0, 0, 1, 0, 1, 1}, ids[] = {1, 2, 3, 2, 3, 4};
+    const fm_experts_opts o = {2, true, FM_CACHE_LRU, 0};
+    fm_expert_stats before, after;
+    if (open_store(&s, "pread", NULL, o)) {
+        CHECK_INT(demand(&s, 0, ids, 2), FM_OK);
+        fm_experts_get_stats(s.e, &before);
+        CHECK_INT(fm_experts_reread(s.e, layers, ids, FM_COUNT(ids)), FM_OK);
+        fm_experts_get_stats(s.e, &after);
+        CHECK(after.bytes_read >= 2 * before.bytes_read);
+        CHECK_INT(fm_experts_pinned(s.e), 0);
+        CHECK_INT(demand(&s, 1, ids + 4, 2), FM_OK);
+    }
+    close_store(&s);
+    if (open_store(&s, "fault", "eio@3", o)) {
+        CHECK_INT(fm_experts_reread(s.e, layers, ids, FM_COUNT(ids)), FM_ERR_IO);
+        CHECK_INT(fm_experts_pinned(s.e), 0);
         CHECK_INT(demand(&s, 0, ids, 2), FM_OK);
     }
     close_store(&s);
@@ -207,6 +294,9 @@ int main(void)
         RUN(right_bytes);
         RUN(faults);
         RUN(failed_guess);
+        RUN(guesses);
+        RUN(polled);
+        RUN(reread);
         RUN(all_pinned);
         free(content);
         tiny_free(&t);
