@@ -15,6 +15,7 @@ from flashmoe.errors import ArgumentError, StorageError, UnsupportedError
 from flashmoe.perf import machine, plots, roof
 from flashmoe.perf.bench import Setting, Work, bench, settings_of, spread
 from flashmoe.perf.runner import Runner, random_ids
+from flashmoe.perf.terms import measure_terms
 
 QUICK = Work(prompt_tokens=12, gen_tokens=6, repeat=3, roof_seconds=0.02)
 
@@ -38,7 +39,7 @@ def run(capsys):
 @pytest.fixture(scope="module")
 def results(model):
     settings = settings_of(memory=["700MiB", "900MiB"], threads=[1], io=["pread"],
-                           core={"n_slots": 12})  # fmt: skip
+                           lookahead=[0], core={"n_slots": 12})  # fmt: skip
     return list(bench(model, settings, QUICK))
 
 
@@ -79,6 +80,24 @@ def test_a_result_adds_up(results, model):
         assert r["device_utilisation"] == pytest.approx(
             r["device_gb_per_s"] / r["roof"]["gb_per_s"]
         )
+
+
+@pytest.mark.parametrize("slots", [12, 60])
+def test_terms(model, slots):
+    """Both terms are there; compute is measured alone where a token's experts fit."""
+    with Runner(model, {"n_slots": slots}, memory="1GiB", threads=1, context=128) as runner:
+        terms = measure_terms(runner, 60, 4)
+        fits = slots == 60
+        assert terms["decode"]["compute_is"].startswith("measured" if fits else "time not")
+        assert terms["prefill"]["experts_read_twice_in_a_forward"] == 0
+        assert terms["prefill"]["bytes_read"] > 0
+        for t in terms.values():
+            assert t["seconds"] > 0
+            assert t["compute_seconds"] > 0
+            assert t["share_of_larger_term"] > 0
+            assert t["larger_term"] in ("I/O", "compute")
+            assert t["io_seconds"] >= 0
+            assert (t["io_gb_per_s"] > 0) == (t["bytes_read"] > 0)
 
 
 def test_prompts_never_repeat():

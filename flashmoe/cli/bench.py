@@ -54,7 +54,8 @@ def bench(
     lookahead: Annotated[
         str | None,
         typer.Option(
-            help="Experts guessed per row for the next layer, or several: 0,4.", show_default=False
+            help="Experts guessed per row for the next layer, auto, or several: 0,4,auto.",
+            show_default=False,
         ),
     ] = None,
     cache_policy: Annotated[
@@ -83,6 +84,9 @@ def bench(
     roof: Annotated[
         bool, typer.Option("--roof/--no-roof", help="Measure the device after each setting.")
     ] = True,
+    terms: Annotated[
+        bool, typer.Option("--terms", help="Measure the reads alone and the compute alone, too.")
+    ] = False,
     plot: Annotated[
         str | None, typer.Option(metavar="PNG", help="Draw the results.", show_default=False)
     ] = None,
@@ -109,12 +113,12 @@ def bench(
 
         plots.check_plotting()  # now rather than after minutes
     console = opt.stderr(quiet)
-    work = Work(prompt_tokens, gen, repeat, feed, seed, roof)
+    work = Work(prompt_tokens, gen, repeat, feed, seed, roof, terms=terms)
     settings = settings_of(
         _list(memory, "memory", str),
         io.split(","),
         _list(threads, "threads", int),
-        _list(lookahead, "lookahead", int),
+        _list(lookahead, "lookahead", opt.lookahead),
         _list(cache_policy, "cache-policy", str),
         _list(numeric, "numeric", str),
         core={

@@ -25,6 +25,7 @@ from flashmoe.perf.machine import (
 from flashmoe.perf.predict import ceiling
 from flashmoe.perf.roof import measure_roof
 from flashmoe.perf.runner import PHASES, Measured, Runner, random_ids
+from flashmoe.perf.terms import measure_terms
 from flashmoe.prepare import prepare
 
 __all__ = ["Setting", "Work", "bench", "open_runner", "settings_of", "spread"]
@@ -44,6 +45,7 @@ class Work:
     seed: int = 1
     roof: bool = True
     roof_seconds: float = 1.0  # per depth
+    terms: bool = False  # reads and compute, each alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,7 @@ def settings_of(
     memory: Sequence[str | None] = (None,),
     io: Sequence[str] = ("auto",),
     threads: Sequence[int | None] = (None,),
-    lookahead: Sequence[int | None] = (None,),
+    lookahead: Sequence[int | str | None] = (None,),
     cache_policy: Sequence[str | None] = (None,),
     numeric: Sequence[str | None] = (None,),
     core: Mapping[str, Any] | None = None,
@@ -136,6 +138,13 @@ def _measure_setting(model: str | None, setting: Setting, work: Work, say: Say) 
             say(f"  run {i}: {_line(warm[-1])}")
         after = _sentinel(runner, work, 1)
         rss = peak_rss_bytes()
+        terms = None
+        if work.terms:
+            terms = measure_terms(runner, work.prompt_tokens, work.gen_tokens, seed=work.seed)
+            for what, t in terms.items():
+                say(f"  {what}: {t['seconds']:.4f} s; I/O alone {t['io_seconds']:.4f}, compute "
+                    f"{t['compute_seconds']:.4f}: {100 * t['share_of_larger_term']:.1f} % of the "
+                    f"larger, device {t['io_gb_per_s']:.2f} GB/s alone")  # fmt: skip
         info, files = runner.core.info, runner.expert_files()
         opts = {k: v for k, v in runner.opts.items() if isinstance(v, (int, float, str, bool))}
         open_seconds = runner.open_seconds
@@ -163,7 +172,7 @@ def _measure_setting(model: str | None, setting: Setting, work: Work, say: Say) 
         "prompt_tokens": work.prompt_tokens, "gen_tokens": work.gen_tokens, "feed": work.feed,
         "seed": work.seed, "open_seconds": open_seconds, "cold_means": direct + ", empty slots",
         "cold": _summary([cold], roof), **_summary(warm, roof), "roof": roof,
-        "sentinel_tokens_per_second": [before, after],
+        "sentinel_tokens_per_second": [before, after], "terms": terms,
         "drift": after / before - 1 if before else 0.0,
     }  # fmt: skip
     if roof and roof["gb_per_s"] and n_moe:

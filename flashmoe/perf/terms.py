@@ -1,0 +1,143 @@
+"""The two terms of a forward, each measured alone: reads without compute, compute without reads.
+
+The larger one bounds the speed.  Reads alone are the recorded forward's own, made again into the
+same slots by the same method while nothing computes.  A token's compute alone is the token taken
+again from the position before it: the experts it wants are in their slots then.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flashmoe.perf.runner import Runner, random_ids
+from flashmoe.perf.timeline import repeated_reads
+
+__all__ = ["measure_terms"]
+
+_EVENTS = 1 << 19
+
+
+def measure_terms(
+    runner: Runner, prompt_tokens: int, gen_tokens: int, *, seed: int = 1, warm_tokens: int = 16
+) -> dict[str, dict[str, Any]]:
+    """Measure a new prompt and tokens after it, and both terms of each.
+
+    Parameters
+    ----------
+    runner : Runner
+    prompt_tokens, gen_tokens : int
+        Tokens to read, and to make.
+    seed : int
+        Of the token ids.
+    warm_tokens : int
+        Taken before those that count: the prompt left its own experts behind.
+
+    Returns
+    -------
+    dict
+        ``"prefill"`` and ``"decode"``, each with ``seconds``, ``io_seconds`` (of the experts that
+        were needed), ``compute_seconds``, ``larger_term``, ``share_of_larger_term``,
+        ``io_gb_per_s`` (reads alone) and ``device_share`` (GB/s of the run over that).  Times of
+        decode are per token.  ``compute_is`` says whether compute was measured alone or is the
+        time not spent waiting for reads.  Prefill has ``experts_read_twice_in_a_forward``.
+    """
+    ids = random_ids(runner.vocab_size, prompt_tokens + warm_tokens + gen_tokens, seed, 77)
+    session = runner.core.session()
+    try:
+        prompt, tokens = ids[:prompt_tokens], ids[prompt_tokens + warm_tokens :]
+        prefill, events = _recorded(runner, lambda: _prefill(session, prompt))
+        record = runner.plan.experts_bytes // max(runner.plan.n_experts, 1)
+        kinds = _kinds()
+        out = {"prefill": _term(runner, prefill, events, None)}
+        out["prefill"]["experts_read_twice_in_a_forward"] = repeated_reads(events, kinds, record)
+        for token in ids[prompt_tokens : prompt_tokens + warm_tokens]:
+            session.step(int(token))
+        decode, events = _recorded(runner, lambda: _steps(session, tokens))
+        term = _term(runner, decode, events, _compute_alone(runner, session, tokens))
+        for name in ("seconds", "io_seconds", "compute_seconds"):
+            term[name] /= len(tokens)
+        out["decode"] = term
+    finally:
+        session.close()
+    return out
+
+
+def _kinds() -> list[str]:
+    from flashmoe import _core
+
+    return _core.trace_kinds()
+
+
+def _prefill(session: Any, prompt: NDArray[np.int32]) -> None:
+    done = 0
+    while done < len(prompt):
+        done += session.prefill(prompt[done:])
+
+
+def _steps(session: Any, tokens: NDArray[np.int32]) -> None:
+    for token in tokens:
+        session.step(int(token))
+
+
+def _recorded(runner: Runner, work: Any) -> tuple[dict[str, Any], NDArray[Any]]:
+    """Return the counters with ``"seconds"``, and the events."""
+    runner.core.reset_stats()
+    runner.core.trace_start(_EVENTS)
+    try:
+        began = time.perf_counter()
+        work()
+        seconds = time.perf_counter() - began
+    finally:
+        events, _ = runner.core.trace_take(_EVENTS)
+    return {**runner.core.stats(), "seconds": seconds}, events
+
+
+def _compute_alone(runner: Runner, session: Any, tokens: NDArray[np.int32]) -> float | None:
+    """Return the seconds of the tokens with every expert in its slot; None if they do not fit."""
+    seconds, hits, asked = 0.0, 0, 0
+    for token in tokens:
+        at = session.pos
+        session.step(int(token))
+        session.rewind(at)
+        runner.core.reset_stats()
+        began = time.perf_counter()
+        session.step(int(token))
+        seconds += time.perf_counter() - began
+        stats = runner.core.stats()
+        hits, asked = hits + stats["hits"], asked + stats["hits"] + stats["misses"]
+    return seconds if hits >= 0.99 * asked else None
+
+
+def _term(
+    runner: Runner, stats: Mapping[str, Any], events: NDArray[Any], compute: float | None
+) -> dict[str, Any]:
+    kinds = _kinds()
+    reads = events[np.isin(events["kind"], [kinds.index("read"), kinds.index("guess")])]
+    reads = reads[reads["bytes"] > 0]
+    n_bytes = int(reads["bytes"].sum())
+    where = np.stack([reads["layer"], reads["id"]], axis=1).astype(np.int32)
+    _, first = np.unique(where, axis=0, return_index=True)
+    where = np.ascontiguousarray(where[np.sort(first)])
+    seconds = float(stats["seconds"])
+    rate = 0.0
+    if len(where):
+        runner.core.reset_stats()
+        alone = runner.core.reread(where[:, 0].copy(), where[:, 1].copy())
+        rate = runner.core.stats()["bytes_read"] / max(alone, 1e-9)
+    needed = n_bytes - int(stats["guess_wasted_bytes"])
+    io = max(needed, 0) / rate if rate else 0.0
+    measured = compute is not None
+    compute = compute if compute is not None else max(seconds - stats["wait_ns"] * 1e-9, 0.0)
+    return {
+        "seconds": seconds, "io_seconds": io, "compute_seconds": compute,
+        "compute_is": "measured alone" if measured else "time not waiting for reads",
+        "larger_term": "I/O" if io > compute else "compute",
+        "share_of_larger_term": max(io, compute) / max(seconds, 1e-9),
+        "io_gb_per_s": rate * 1e-9, "bytes_read": n_bytes,
+        "device_share": n_bytes / max(seconds, 1e-9) / rate if rate else None,
+    }  # fmt: skip
