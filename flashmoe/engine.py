@@ -46,7 +46,7 @@ class Engine:
         ``"auto"`` measures and chooses; ``"direct"`` and ``"uring"`` read around the page cache
         (the expert slots are the cache); ``"pread"`` and ``"mmap"`` through it (it is the cache).
     threads : int or None
-        Compute threads; None is all CPUs that the process may use.
+        Compute threads; None is one per physical performance core that the process may use.
     context : int or None
         Tokens a session can hold; None is the model's limit, at most 4096.
     backend : str

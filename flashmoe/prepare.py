@@ -16,7 +16,7 @@ from flashmoe.errors import ArgumentError, UnsupportedError
 from flashmoe.memory import MemoryPlan, plan_memory
 from flashmoe.models import default_model, is_noise
 from flashmoe.probe import choose_direct
-from flashmoe.system import cpu_count
+from flashmoe.system import core_count
 
 if TYPE_CHECKING:
     from flashmoe.checkpoint.description import ModelDescription
@@ -82,7 +82,7 @@ def prepare(
     _choice("numeric", numeric, ("auto", *NUMERICS))
     _choice("kv_format", kv_format, KV_FORMATS)
     _choice("cache_policy", cache_policy, tuple(_core.cache_policies()))
-    n_threads = cpu_count() if threads is None else _integer("threads", threads, 1, 4096)
+    n_threads = core_count() if threads is None else _integer("threads", threads, 1, 4096)
     desc = open_checkpoint(default_model() if path is None else Path(path).expanduser())
     directory = Path(desc.path)
     config = desc.config

@@ -6,9 +6,10 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
-__all__ = ["available_bytes", "cpu_count", "resident_bytes"]
+__all__ = ["available_bytes", "core_count", "cpu_count", "resident_bytes"]
 
 
 def cpu_count() -> int:
@@ -16,6 +17,59 @@ def cpu_count() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def core_count(root: Path = Path("/"), cpus: Iterable[int] | None = None) -> int:
+    """Return how many threads should compute: one per physical performance core.
+
+    The second thread of a core shares its vector units, and an efficiency core holds up the others,
+    who wait for the last one in every product.  No more than this process may run on (`cpus`; its
+    affinity by default) and than a control group's quota pays for.  `root` stands for ``/`` in
+    tests.
+    """
+    if sys.platform == "darwin" and root == Path("/"):
+        for name in ("hw.perflevel0.physicalcpu", "hw.physicalcpu"):
+            n = _command("sysctl", "-n", name)
+            if n.isdigit() and int(n) > 0:
+                return int(n)
+        return cpu_count()
+    if cpus is None:
+        can = hasattr(os, "sched_getaffinity")
+        cpus = os.sched_getaffinity(0) if can else range(os.cpu_count() or 1)
+    allowed = set(cpus)
+    devices = root / "sys/devices"
+    fast = _cpu_list(_read(devices / "cpu_core/cpus")) & allowed or allowed  # Intel: not its "atom"
+    power = {i: _number(devices / f"system/cpu/cpu{i}/cpu_capacity") or 0 for i in fast}  # Arm
+    top = max(power.values(), default=0)
+    cores = set()
+    for i in fast:
+        topology = devices / f"system/cpu/cpu{i}/topology"
+        package, core = (_number(topology / n) for n in ("physical_package_id", "core_id"))
+        if power[i] == top:
+            cores.add((package, core) if core is not None else (None, -1 - i))
+    quota = _quota_cpus(root)
+    return max(1, min(len(cores), quota) if quota else len(cores))
+
+
+def _cpu_list(text: str) -> set[int]:
+    """Return the numbers of ``"0-3,8"``."""
+    found: set[int] = set()
+    for part in text.strip().split(","):
+        first, _, last = part.partition("-")
+        if first.isdigit():
+            found.update(range(int(first), int(last if last.isdigit() else first) + 1))
+    return found
+
+
+def _quota_cpus(root: Path) -> int:
+    """Return the CPUs' worth of time that control groups allow, rounded up; 0 is no limit."""
+    base = root / "sys/fs/cgroup"
+    words = _read(base / "cpu.max").split() or [
+        _read(base / f"cpu/cpu.cfs_{name}_us").strip() for name in ("quota", "period")
+    ]
+    if len(words) == 2 and all(w.isdigit() and int(w) > 0 for w in words):
+        return -(-int(words[0]) // int(words[1]))
+    return 0
 
 
 def resident_bytes() -> int:
