@@ -87,6 +87,44 @@ FM_STATIC void route_groups(const fm_route_args *a, float *choice)
     }
 }
 
+/* scores[e] = sigmoid(logits[e]) through f64, so that it rounds as the reference's does: the order of near equal scores
+ * hangs on it. e^-|x| = 2^k e^r, |r| <= ln2/2, by its Taylor series to r^13/13! (truncation < 2^-52). */
+enum { ROUTE_VB = VB == 64 ? 32 : VB }; /* GCC halves what it converts to 64 bytes */
+typedef double route_vd __attribute__((vector_size(ROUTE_VB)));
+typedef int64_t route_vl __attribute__((vector_size(ROUTE_VB)));
+typedef float route_vf __attribute__((vector_size(ROUTE_VB / 2)));
+enum { ROUTE_VD = ROUTE_VB / 8 };
+
+FM_INLINE route_vf route_sigmoids(route_vf logits)
+{
+    static const double term[] = {1.0 / 479001600, 1.0 / 39916800, 1.0 / 3628800, 1.0 / 362880, 1.0 / 40320, 1.0 / 5040,
+                                  1.0 / 720,       1.0 / 120,      1.0 / 24,      1.0 / 6,      1.0 / 2,     1, 1};
+    const route_vd x = __builtin_convertvector(logits, route_vd), zero = {0}, one = zero + 1;
+    const route_vl below = x < zero;
+    route_vd a = (route_vd)((route_vl)x & INT64_MAX); /* |x|; beyond 708 the score is 0 or 1 in f32 */
+    a = (route_vd)(((route_vl)a & (a < zero + 708.0)) | ((route_vl)(zero + 708.0) & (a >= zero + 708.0)) |
+                   ((route_vl)a & (a != a)));
+    const route_vd magic = zero + 0x1.8p52, shifted = a * -1.44269504088896340736 + magic, k = shifted - magic;
+    const route_vd r = (-a - k * 0x1.62e42feep-1) - k * 0x1.a39ef35793c76p-33;
+    route_vd p = zero + 1.0 / 6227020800;
+    for (int i = 0; i < 13; i++)
+        p = p * r + term[i];
+    const route_vd e = p * (route_vd)(((route_vl)shifted - (route_vl)magic + 1023) << 52);
+    const route_vd top = (route_vd)(((route_vl)e & below) | ((route_vl)one & ~below));
+    return __builtin_convertvector(top / (one + e), route_vf);
+}
+
+FM_INLINE void route_scores(const float *logits, int64_t n, float *scores)
+{
+    for (int64_t e = 0; e < n; e += ROUTE_VD) {
+        const size_t bytes = (size_t)(n - e < ROUTE_VD ? n - e : ROUTE_VD) * sizeof *scores;
+        route_vf x = {0};
+        memcpy(&x, logits + e, bytes);
+        x = route_sigmoids(x);
+        memcpy(scores + e, &x, bytes);
+    }
+}
+
 FM_INLINE double route_sigmoid(double x) { return x >= 0 ? 1 / (1 + exp(-x)) : exp(x) / (1 + exp(x)); }
 
 FM_STATIC void route_vec(const fm_route_args *a, const float *logits, int32_t *ids, float *weights, float *scratch)
@@ -96,9 +134,12 @@ FM_STATIC void route_vec(const fm_route_args *a, const float *logits, int32_t *i
     assert(a->k <= 64 && a->k <= n);
     const float *choice = logits;
     if (a->sigmoid || a->bias != NULL || a->n_group > 1) {
+        if (a->sigmoid)
+            route_scores(logits, n, scratch);
+        else
+            memcpy(scratch, logits, (size_t)n * sizeof *scratch);
         for (int64_t e = 0; e < n; e++) {
-            const float s = a->sigmoid ? (float)route_sigmoid((double)logits[e]) : logits[e];
-            scratch[e] = a->bias ? s + a->bias[e] : s;
+            scratch[e] = a->bias ? scratch[e] + a->bias[e] : scratch[e];
             if (scratch[e] != scratch[e])
                 scratch[e] = -INFINITY;
         }
