@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import struct
+import sys
 
 import numpy as np
 import pytest
@@ -20,8 +22,9 @@ from engines import (
 from oracle import model as oracle
 
 from flashmoe import Engine, _core, cli
-from flashmoe.errors import ModelFileError, UnsupportedError
+from flashmoe.errors import ArgumentError, ModelFileError, UnsupportedError
 from flashmoe.prepare import KV_FORMATS
+from flashmoe.system import resident_bytes
 
 HALF = [f for f in KV_FORMATS if f != "f32"]
 MODELS = [n for n in golden_names() if "/" not in n]
@@ -159,3 +162,27 @@ def test_plan_command_counts_it(capsys):
         sizes[kv_format] = result["state_bytes"]
     kv = 10 * 2 * 2 * 256 * 4 * 32768  # 10 attention layers, 2 KV heads of 256
     assert sizes["f32"] - sizes["f16"] == sizes["f32"] - sizes["bf16"] == kv // 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc for resident memory")
+@pytest.mark.parametrize("kv_format", KV_FORMATS)
+def test_a_full_context_takes_what_was_planned(kv_format):
+    """Resident memory of a session whose every position is filled; unfilled ones cost nothing."""
+    name, n = "q3moe", 1 << 17
+    opts = {"context": n, "kv_format": kv_format}
+    planned = _core.Engine.plan(core_desc(name), opts)["state_bytes"]
+    size = 4 if kv_format == "f32" else 2
+    assert planned >= kv_bytes(name, n) * size // 4 > 50 << 20
+    with core_engine(name, **opts) as engine:
+        session = engine.session()
+        session.step(1)
+        head = struct.Struct("<8s9q")  # save_header of csrc/model/state.c
+        fields = list(head.unpack_from(session.save()))
+        fields[3] = n - 1  # positions
+        saved = head.pack(*fields) + b"\1" * (kv_bytes(name, n - 1) * size // 4)
+        before = resident_bytes()
+        session.load(saved)
+        assert 0.9 * planned < resident_bytes() - before < 1.1 * planned
+        session.step(2)
+        with pytest.raises(ArgumentError, match="context is full"):
+            session.step(3)

@@ -65,7 +65,7 @@ PrefillChunk = Annotated[
     ),
 ]
 Threads = Annotated[
-    int | None, typer.Option(help="Compute threads. (default: performance cores)", show_default=False)
+    int | None, typer.Option(help="Compute threads. (default: fast cores)", show_default=False)
 ]
 Context = Annotated[
     int | None,

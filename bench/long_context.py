@@ -1,0 +1,90 @@
+"""Measure decode against the length of the context, beside what the bytes of K and V explain.
+
+    python bench/long_context.py MODEL [--contexts 1024,32768] [--kv-format f32,f16] [--steps 16]
+
+The cache is not computed but filled with noise (a saved session that is made up), so 32K tokens
+take no minutes.  One JSON line per setting: seconds per token and in attention, bytes of K and V
+that a token reads, their rate, the roof (all threads reading memory), and resident memory beside
+the plan.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import struct
+import time
+
+import numpy as np
+
+from flashmoe.perf.machine import identity
+from flashmoe.perf.runner import Runner
+from flashmoe.system import resident_bytes
+
+HEADER = struct.Struct("<8s9q")  # save_header of csrc/model/state.c
+POS = 3
+
+
+def filled(saved: bytes, n: int, config: dict, size: int) -> bytes:
+    """Return a saved session of one token as one of `n`, the keys and values noise."""
+    head = list(HEADER.unpack_from(saved))
+    rows = list(config["mixers"]).count(0) * 2 * config["num_key_value_heads"]
+    one = config["head_dim"] * size
+    linear = saved[HEADER.size + rows * head[POS] * one :]
+    head[POS] = n
+    noise = np.random.default_rng(0).standard_normal(1 << 20).astype(np.float32)
+    if size == 2:  # the upper half of a float is a bf16; as f16 these bits are small numbers too
+        noise = (noise.view(np.uint32) >> 16).astype(np.uint16) & 0xBFFF
+    total = rows * n * one
+    return HEADER.pack(*head) + (noise.tobytes() * (total // noise.nbytes + 1))[:total] + linear
+
+
+def measure(path: str, kv_format: str, n: int, steps: int, threads: int | None) -> dict:
+    """Return the numbers of one setting."""
+    core = {"kv_format": kv_format}
+    with Runner(path, {}, context=n + steps + 2, prefill_chunk=16, threads=threads, **core) as r:
+        config, size = r.prepared.desc.config, 4 if kv_format == "f32" else 2
+        session = r.core.session()
+        session.step(1)
+        session.load(filled(session.save(), n, config, size))
+        session.step(2)  # allocates what decoding keeps
+        r.core.reset_stats()
+        start = time.perf_counter()
+        for i in range(steps):
+            session.step(3 + i)
+        seconds = (time.perf_counter() - start) / steps
+        attention = r.core.stats()["attention_ns"] * 1e-9 / steps
+        width = 2 * config["num_key_value_heads"] * config["head_dim"] * size
+        kv = list(config["mixers"]).count(0) * width * n
+        plan, info = r.plan, r.core.info
+        return {
+            "bench": "long_context", "model": plan.model, "kv_format": kv_format, "context": n,
+            "n_threads": info["n_threads"], "cpu_variant": info["cpu_variant"],
+            "seconds_per_token": seconds, "attention_seconds": attention, "kv_bytes": kv,
+            "kv_gb_per_s": kv / attention / 1e9, "state_bytes": plan.state_bytes,
+            "rss_bytes": resident_bytes(), "planned_bytes": plan.total_bytes,
+        }  # fmt: skip
+
+
+def main() -> None:
+    """Run every setting."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("model")
+    parser.add_argument("--contexts", default="1024,8192,32768")
+    parser.add_argument("--kv-format", default="f32,f16,bf16")
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--threads", type=int)
+    args = parser.parse_args()
+    for kv_format in args.kv_format.split(","):
+        base = None
+        for n in map(int, args.contexts.split(",")):
+            got = measure(args.model, kv_format, n, args.steps, args.threads)
+            base = base or got
+            grown = got["kv_bytes"] - base["kv_bytes"]
+            more = got["seconds_per_token"] - base["seconds_per_token"]
+            got["growth_kv_gb_per_s"] = grown / more / 1e9 if grown and more > 0 else None
+            print(json.dumps({**got, **identity()}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
