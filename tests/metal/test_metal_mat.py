@@ -120,9 +120,9 @@ def test_vector_loads(fmt):
 @pytest.mark.parametrize("gated", [0, 1])
 @pytest.mark.parametrize("fmt", ["affine4", "affine5"])
 def test_tiles_of_x(fmt, gated, simdgroups):
-    """More columns than a tile, the last tile shorter than a simdgroup; any number of simdgroups."""
+    """More columns than a tile, the last one's last step shorter than a simdgroup."""
     rng = np.random.default_rng(8)
-    w, up = (Matrix(rng, 13, CONST["FM_MV_TILE"] + 96, fmt, 32).aligned(4) for _ in range(2))
+    w, up = (Matrix(rng, 13, CONST["FM_MV_TILE"] + 1120, fmt, 32).aligned(4) for _ in range(2))
     x, y = f32(rng, 2, w.shape[1]), np.full((2, 13), np.nan, np.float32)
     run_mat("mat_vec", [item(w, y, up=up, n=2)], w, x, gated=gated, simdgroups=simdgroups)
     if gated:
