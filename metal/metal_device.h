@@ -91,6 +91,8 @@ fm_status fm_metal_scratch(fm_metal *m, int i, size_t bytes, fm_metal_place *out
 fm_status fm_metal_encoder(fm_metal *m, id<MTLComputeCommandEncoder> *out);
 /* What was recorded so far; borrowed until close. For tests and benchmarks. */
 const fm_metal_counters *fm_metal_counters_get(const fm_metal *m);
+/* Of the backend that was opened last; NULL when it is closed. */
+const fm_metal_counters *fm_metal_counters_newest(void);
 /* Longest wait for one command buffer, of all backends; 60 at start. */
 void fm_metal_timeout_set(int seconds);
 

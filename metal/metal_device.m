@@ -14,7 +14,11 @@ static int timeout_s = 60; /* a token takes far less; the system kills a stuck G
 
 void fm_metal_timeout_set(int seconds) { timeout_s = seconds; }
 
+static const fm_metal *newest;
+
 const fm_metal_counters *fm_metal_counters_get(const fm_metal *m) { return &m->counters; }
+
+const fm_metal_counters *fm_metal_counters_newest(void) { return newest ? &newest->counters : NULL; }
 
 fm_status fm_metal_device_open(fm_metal *m)
 {
@@ -35,11 +39,13 @@ fm_status fm_metal_device_open(fm_metal *m)
     m->max_buffer_bytes = (size_t)[m->device maxBufferLength];
     if (!m->queue || !m->ring || !m->pending || !m->done || !m->told || !m->ready)
         return fm_fail(FM_ERR_NOMEM, "backend 'metal': no command queue");
+    newest = m;
     return FM_OK;
 }
 
 void fm_metal_device_close(fm_metal *m)
 {
+    newest = newest == m ? NULL : newest;
     [m->encoder endEncoding]; /* what was recorded and never synced is dropped */
     [m->encoder release];
     [m->commands release];

@@ -13,14 +13,14 @@
 #include "model/wave.h"
 
 enum {
-    STAGES = 2, /* experts that are there at once, and the rest */
+    MAX_STAGES = 2, /* experts that are there at once, and the rest; one stage when all of the model are cached */
     MAX_ROWS = FM_LOGIT_ROWS,
 };
 
 /* Where host and device meet in a layer. */
 typedef struct meeting {
     uint64_t guessed, routed; /* tells; 0: none */
-    uint64_t hold[STAGES];
+    uint64_t hold[MAX_STAGES];
 } meeting;
 
 struct fm_pipeline {
@@ -30,11 +30,12 @@ struct fm_pipeline {
     fm_parts parts;
     int32_t *guess_ids;          /* [max_rows, k] */
     uint32_t *marks, *row_marks; /* [max_rows * k] of the parts, [max_rows] of the logits */
-    void *table[STAGES];
+    void *table[MAX_STAGES];
     meeting *at;                    /* [layers] */
     fm_mat (*like)[FM_ROLE_COUNT];  /* [layers] */
-    fm_expert_later later[STAGES];  /* as last recorded: all layers share the tables */
+    fm_expert_later later[MAX_STAGES];  /* as last recorded: all layers share the tables */
     /* the forward under way */
+    int n_stages;
     uint64_t last_hold;
     int32_t held;  /* layer whose experts are pinned, or -1 */
     int posted;    /* its stages that the device may have begun */
@@ -57,7 +58,7 @@ static void take_device(struct fm_pipeline *p, int64_t k, int64_t rows, fm_arena
     p->guess_ids = fm_take_ints(a, n);
     p->marks = fm_arena_take(a, (size_t)n * sizeof(uint32_t));
     p->row_marks = fm_arena_take(a, (size_t)rows * sizeof(uint32_t));
-    for (int s = 0; s < STAGES; s++)
+    for (int s = 0; s < MAX_STAGES; s++)
         p->table[s] = fm_arena_take(a, (size_t)n * FM_LATER_PART_BYTES);
 }
 
@@ -133,7 +134,7 @@ static fm_status record_experts(fm_model *m, const fm_batch *b, int32_t layer)
     const fm_backend_vtable *v = m->be->v;
     const fm_scratch *s = &m->s;
     const int64_t n = b->n_rows * m->k;
-    for (int i = 0; i < STAGES; i++) {
+    for (int i = 0; i < p->n_stages; i++) {
         p->later[i] = (fm_expert_later){
             .x = s->h,
             .n_x = b->n_rows,
@@ -275,12 +276,14 @@ static fm_status serve(fm_model *m, const fm_batch *b, int32_t layer)
     p->posted = 0;
     FM_TRY(fm_experts_hint(m->experts, layer, w->ids, w->n, FM_HINT_DEMAND));
     int n_left = w->n;
-    FM_TRY(claim(m, b, layer, &n_left));
-    FM_TRY(start_stage(m, layer, 0));
+    if (p->n_stages > 1) {
+        FM_TRY(claim(m, b, layer, &n_left));
+        FM_TRY(start_stage(m, layer, 0));
+    }
     while (n_left > 0)
         FM_TRY(claim(m, b, layer, &n_left));
     fm_wave_parts(m, w, b->n_rows, &p->parts);
-    return start_stage(m, layer, STAGES - 1);
+    return start_stage(m, layer, p->n_stages - 1);
 }
 
 static fm_status serve_layer(fm_model *m, const fm_batch *b, int32_t layer)
@@ -342,7 +345,7 @@ static fm_status run_out(fm_model *m, int64_t n_rows)
     int32_t next = p->held + 1;
     while (next < m->c.num_hidden_layers && m->layers[next].ffn != FM_FFN_MOE)
         next++;
-    if (p->posted == 1) { /* it may be in the held layer's first stage, but holds before the second */
+    if (p->posted > 0 && p->posted < p->n_stages) { /* it may run the first stage, and holds before the second */
         forget_jobs(m, 1);
         memset(p->parts.start, 0, start_bytes);
         post(m, p->at[p->held].hold[1]);
@@ -350,7 +353,7 @@ static fm_status run_out(fm_model *m, int64_t n_rows)
     if (p->posted > 0 && next < m->c.num_hidden_layers)
         FM_TRY(await(m, p->at[next].routed));
     if (p->posted == 0 || next < m->c.num_hidden_layers) { /* it holds before the next layer's experts, or will */
-        for (int i = 0; i < STAGES; i++)
+        for (int i = 0; i < p->n_stages; i++)
             forget_jobs(m, i);
         memset(p->parts.start, 0, start_bytes);
     }
@@ -377,6 +380,7 @@ fm_status fm_pipeline_forward(fm_model *m, const fm_batch *b)
     struct fm_pipeline *p = m->pipe;
     memset(p->at, 0, (size_t)m->c.num_hidden_layers * sizeof *p->at);
     memset(p->parts.start, 0, (size_t)(b->n_rows + 1) * sizeof(int32_t));
+    p->n_stages = fm_experts_slots(m->experts) < fm_experts_total(m->experts) ? MAX_STAGES : 1;
     p->held = -1;
     p->posted = 0;
     p->lost = false;

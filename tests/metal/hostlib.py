@@ -290,7 +290,7 @@ def pointers(arrays):
 # ---- the whole core with Metal in it, as a Python module
 
 
-def build_core():
+def build_core(san=""):
     """`flashmoe._core` with the Metal host and the stand-in linked in; returns its path."""
     import sysconfig
 
@@ -301,7 +301,11 @@ def build_core():
     csrc = mslc.REPO / "csrc"
     files = [p for p in sorted(csrc.glob("*/*.c")) if p.parent.name != "bind"] + [embedded]
     files += [p for p in sources() if "csrc" not in p.parts]
-    cxx = [mslc.CXX, "-std=c++17", "-O0", "-fPIC", "-fvisibility=hidden", '-DFM_VERSION="test"',
+    planted = os.environ.get("FLASHMOE_METAL_PIPELINE")  # a copy of pipeline.c with a mistake
+    if planted:
+        files = [Path(planted) if p.name == "pipeline.c" else p for p in files]
+    flags = [f"-fsanitize={san}", "-fno-omit-frame-pointer"] if san else []
+    cxx = [mslc.CXX, *flags, "-std=c++17", "-O0", "-fPIC", "-fvisibility=hidden", '-DFM_VERSION="test"',
            "-I", csrc, "-I", pybind11.get_include(),
            "-I", sysconfig.get_paths()["include"]]  # fmt: skip
 
@@ -314,12 +318,22 @@ def build_core():
         return mslc.cached(["object", *cxx, before], ".o", build)
 
     with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(lambda f: compile_object(f, ""), files))
+        objects = list(pool.map(lambda f: compile_object(f, san), files))
         objects += list(pool.map(compile_cxx, sorted((csrc / "bind").glob("*.cpp"))))
-    rt = mslc.runtime("")
+    rt = mslc.runtime(san)
 
     def link(tmp):
-        cmd = [mslc.CXX, "-shared", "-o", tmp, *objects, rt, f"-Wl,-rpath,{rt.parent}"]
+        cmd = [
+            mslc.CXX,
+            *flags,
+            *(["-shared-libsan"] if san else []),
+            "-shared",
+            "-o",
+            tmp,
+            *objects,
+            rt,
+            f"-Wl,-rpath,{rt.parent}",
+        ]
         mslc.run_tool([*cmd, *gnustep()[1], "-lm", "-lpthread", "-ldl"], "linking the core")
 
     return mslc.cached(["core", *map(str, objects), rt], ".so", link)

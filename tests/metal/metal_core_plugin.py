@@ -18,8 +18,11 @@ import mslc
 
 path = os.environ.get("METAL_CORE_PATH")
 if path:
-    C.CDLL(str(mslc.runtime("")), mode=C.RTLD_GLOBAL)
-    os.environ["FAKE_METAL_COMPILE"] = f"{sys.executable} {mslc.HERE / 'mslc.py'} --embedded"
+    san = os.environ.get("MSL_SAN", "")
+    C.CDLL(str(mslc.runtime(san)), mode=C.RTLD_GLOBAL)
+    os.environ["FAKE_METAL_COMPILE"] = f"{sys.executable} {mslc.HERE / 'mslc.py'} --embedded" + (
+        f" --san {san}" if san else ""
+    )
     spec = importlib.util.spec_from_file_location("flashmoe._core", path)
     core = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(core)

@@ -15,7 +15,10 @@ pytest.importorskip("pybind11", reason="pip install pybind11: builds a core with
 pytest.importorskip(
     "flashmoe", reason="the package is not installed: sh tools/setup.sh test", exc_type=ImportError
 )
-pytestmark = [in_child, pytest.mark.skipif(hostlib.MAC, reason="here the command itself is at hand")]
+pytestmark = [
+    in_child,
+    pytest.mark.skipif(hostlib.MAC, reason="here the command itself is at hand"),
+]
 COMMAND = "import metal_core_plugin; from flashmoe.cli import main; main()"
 OPS = {"embed", "matmul", "experts", "rmsnorm", "swiglu", "clip", "add_gated", "combine",
        "find_nonfinite", "rope", "route", "attention", "conv", "delta"}  # fmt: skip
@@ -49,7 +52,12 @@ def test_all_kernels_are_right():
     timed = [c for c in cases if c["gb_per_s"]]
     assert all(c["us"] > 0 for c in timed)
     for model in ("(35B)", "(397B)"):
-        assert {c["op"] for c in timed if model in c["sizes"]} == {"experts", "matmul", "attention", "delta"}
+        assert {c["op"] for c in timed if model in c["sizes"]} == {
+            "experts",
+            "matmul",
+            "attention",
+            "delta",
+        }
 
 
 def test_the_table_and_a_wrong_kernel(tmp_path):
@@ -58,7 +66,9 @@ def test_the_table_and_a_wrong_kernel(tmp_path):
     mutate(tmp_path / "kernels", file, text, new, occurrence)
     code, out, _ = doctor(kernels=tmp_path / "kernels")
     assert code == 1
-    assert out.startswith("stand-in for Metal (CPU): memory 16.00 GiB, one buffer 8.00 GiB; flashmoe ")
+    assert out.startswith(
+        "stand-in for Metal (CPU): memory 16.00 GiB, one buffer 8.00 GiB; flashmoe "
+    )
     rows = {tuple(line.split()[:2]): line.rstrip() for line in reversed(out.splitlines())}
     assert rows["matmul", "affine4"].endswith("WRONG")
     assert rows["matmul", "f32"].endswith("ok")

@@ -6,6 +6,7 @@ cheapest on until one fails; a mutant that passes them all means that the tests 
 
 import shutil
 
+import hostlib
 import mslc
 import pytest
 from conftest import HERE, in_child, reports, run_tests
@@ -145,6 +146,30 @@ HOST_MUTANTS = {
 }  # fmt: skip
 
 
+PIPELINE = mslc.REPO / "csrc" / "model" / "pipeline.c"
+EAGER = "FAKE_METAL_EAGER"
+BITS, READS = "same_bits and mlx4", "same_bits and mlx4 or failed_reads"
+# (text, replacement, cases, mode of the stand-in)
+PIPELINE_MUTANTS = {
+    "ids read early": ("    FM_TRY(await(m, at->routed));\n    FM_TRY(retire(m));\n    FM_PHASE", "    FM_TRY(retire(m));\n    FM_PHASE", BITS, LATE),
+    "pins released early": ("    return start_stage(m, layer, p->n_stages - 1);", "    FM_TRY(start_stage(m, layer, p->n_stages - 1));\n    unpin(m);\n    return FM_OK;", BITS, LATE),
+    "posted before its jobs": ("    FM_TRY(m->be->v->set_jobs(m->be, &p->later[stage], m->wave->jobs, n));\n    post(m, p->at[layer].hold[stage]);", "    post(m, p->at[layer].hold[stage]);\n    FM_TRY(m->be->v->set_jobs(m->be, &p->later[stage], m->wave->jobs, n));", BITS, EAGER),
+    "posted before the lists": ("    fm_wave_parts(m, w, b->n_rows, &p->parts);\n    return start_stage(m, layer, p->n_stages - 1);", "    FM_TRY(start_stage(m, layer, p->n_stages - 1));\n    fm_wave_parts(m, w, b->n_rows, &p->parts);\n    return FM_OK;", BITS, EAGER),
+    "both stages posted at once": ("post(m, p->at[layer].hold[stage]);", "post(m, p->at[layer].hold[1]);", BITS, EAGER),
+    "one table": ("            .table = p->table[i],", "            .table = p->table[0],", BITS, EAGER),
+    "rest not waited for": ("    while (n_left > 0)\n", "    if (n_left > 0)\n", BITS, EAGER),
+    "lists of the plain form": ("m->c.hidden_size, s->exp_out, p->parts.start, p->parts.index,\n                               p->parts.weight, n};", "m->c.hidden_size, s->exp_out, s->comb_start, s->comb_index,\n                               s->comb_weight, n};", BITS, EAGER),
+    "held experts forgotten": ("    p->held = layer;", "    p->held = -1;", BITS, EAGER),
+    "marks unseen": ("        if (p->marks[i])", "        if (p->marks[i] > 1)", "finite", EAGER),
+    "last layer's marks unseen": ("    FM_TRY(s);\n    FM_TRY(retire(m));", "    FM_TRY(s);\n    unpin(m);", "finite", EAGER),
+    "pins kept after an error": ("    unpin(m);\n    fm_experts_disown(m->experts);", "    fm_experts_disown(m->experts);", READS, EAGER),
+    "device left holding": ("    m->be->v->post(m->be, p->last_hold);\n    return", "    return", READS, ""),
+    "run out at once": ("    if (p->posted > 0 && next < m->c.num_hidden_layers)\n        FM_TRY(await(m, p->at[next].routed));", "", READS, LATE),
+    "failure unseen": ("        why = s != FM_OK ? s : why;", "        why = s != FM_OK ? s : FM_OK;", READS, EAGER),
+    "too many experts": ("experts <= fm_experts_slots(m->experts) &&", "true &&", BITS, EAGER),
+}  # fmt: skip
+
+
 def mutate(folder, file, text, new, occurrence, suffix="kernels"):
     shutil.copytree(mslc.REPO / "metal" / suffix, folder, ignore=shutil.ignore_patterns("kernels"))
     path = folder / file
@@ -186,8 +211,34 @@ def test_host_mutant_is_caught(name, tmp_path):
     pytest.fail(f"{file}: '{text}' -> '{new}' passes every mode")
 
 
+def mutated_pipeline(folder, name):
+    text, new, *_ = PIPELINE_MUTANTS[name]
+    source = PIPELINE.read_text()
+    assert source.count(text) == 1, f"pipeline.c has this text {source.count(text)} times: {text}"
+    (folder / "pipeline.c").write_text(source.replace(text, new))
+    return folder / "pipeline.c"
+
+
+@in_child
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PIPELINE_MUTANTS)
+def test_pipeline_mutant_is_caught(name, tmp_path, monkeypatch):
+    """Mistakes in the host's turns between the device's, with the core built anew."""
+    from test_metal_pipeline import CASES, run_cases  # skips where a core cannot be built
+
+    _, _, select, mode = PIPELINE_MUTANTS[name]
+    monkeypatch.setenv("FLASHMOE_METAL_PIPELINE", str(mutated_pipeline(tmp_path, name)))
+    core = str(hostlib.build_core())
+    env = {"METAL_CORE_PATH": core, "FAKE_METAL_EVENT_MS": "2000", **({mode: "1"} if mode else {})}
+    status, output = run_cases(CASES, "-k", select, env=env)
+    assert status, f"planted and unnoticed: {name}"
+    assert "passed" in output or "failed" in output, output[-2000:]
+
+
 def test_texts_exist(tmp_path):
     """Cheap: each mutant still applies to the kernels and the host as they are."""
+    for name in PIPELINE_MUTANTS:
+        mutated_pipeline(tmp_path, name)
     for n, (file, text, new, occurrence, _, _) in enumerate(HOST_MUTANTS.values()):
         mutate(tmp_path / f"host{n}", file, text, new, occurrence, ".")
     for n, (file, text, new, occurrence, _, _) in enumerate(MUTANTS.values()):

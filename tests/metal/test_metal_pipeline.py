@@ -3,11 +3,11 @@
 The cases are in `pipeline_cases.py`, which a child pytest runs with `metal_core_plugin`.
 """
 
-import os
-
+import hostlib
 import pytest
-from conftest import HERE, in_child
-from test_metal_engine import run
+from conftest import HERE, assert_clean, in_child, sanitizer_env
+from test_metal_engine import ROWS
+from test_metal_engine import run as run_core
 
 pytest.importorskip("pybind11", reason="pip install pybind11: builds a core with Metal in it")
 pytest.importorskip(
@@ -17,13 +17,26 @@ pytestmark = in_child
 CASES = str(HERE / "pipeline_cases.py")
 
 
+def run_cases(*select, env):
+    """A child pytest on the core that METAL_CORE_PATH names, else the sound one; (status, output)."""
+    out = run_core(env, list(select))
+    return out.returncode, out.stdout[-6000:] + out.stderr[-2000:]
+
+
+def run(*select, env=None):
+    status, output = run_cases(*select, env=env or {})
+    assert status == 0, output
+
+
 def test_cases():
     run(CASES)
 
 
-def test_late_device():
-    """The device does no more than the host's waits ask for: what is read too early is wrong."""
-    run(CASES, "-k", "mlx4 or failed_reads or finite", env={"FAKE_METAL_LATE": "1"})
+@pytest.mark.parametrize("mode", ["FAKE_METAL_LATE", "FAKE_METAL_EAGER"])
+def test_extreme_devices(mode):
+    """Late: the device does no more than the host's waits ask for, so what is read too early is
+    wrong. Eager: it uses at once what the host allows, so what is written after that is too late."""
+    run(CASES, "-k", "mlx4 or failed_reads or finite", env={mode: "1"})
 
 
 @pytest.mark.slow
@@ -34,5 +47,12 @@ def test_every_model():
 @pytest.mark.slow
 def test_plain_form_of_the_core_tests():
     """The core's tests of sequences and faults with a submission per step, as before."""
-    env = {**os.environ, "METAL_CORE_ROWS": "1", "FLASHMOE_CPU": "ref", "FLASHMOE_PIPELINE": "0"}
-    run("test_session.py", "test_faults.py", "-k", "not avx", env=env)
+    run("test_session.py", "test_faults.py", env={**ROWS, "FLASHMOE_PIPELINE": "0"})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("san", ["thread", "address", "undefined"])
+def test_sanitizers(san):
+    """Device, host and reads at once: what one side writes while the other reads would be a race."""
+    env = {**sanitizer_env(san), "METAL_CORE_PATH": str(hostlib.build_core(san))}
+    assert_clean(*run_cases(CASES, "-k", "same_bits and mlx4 or failed_reads or cancel", env=env))

@@ -243,6 +243,12 @@ static FakeQueue *late_queue; /* the newest */
 
 void fake_metal_run_late(void) { [late_queue runUntil:nil event:nil value:0]; }
 
+void fake_metal_run_eager(void)
+{
+    if (late_queue && late_queue->eager)
+        [late_queue runUntil:nil event:nil value:0];
+}
+
 void fake_metal_run_late_until(FakeEvent *event, uint64_t value) { [late_queue runUntil:nil event:event value:value]; }
 
 @implementation FakeQueue
@@ -251,7 +257,8 @@ void fake_metal_run_late_until(FakeEvent *event, uint64_t value) { [late_queue r
     if ((self = [super init])) {
         late_queue = self;
         waiting = [[NSMutableArray alloc] init];
-        late = fake_env("FAKE_METAL_LATE", 0);
+        eager = fake_env("FAKE_METAL_EAGER", 0);
+        late = eager || fake_env("FAKE_METAL_LATE", 0);
         pthread_mutex_init(&lock, NULL);
         pthread_cond_init(&changed, NULL);
         pthread_create(&worker, NULL, work, self);
@@ -278,17 +285,22 @@ void fake_metal_run_late_until(FakeEvent *event, uint64_t value) { [late_queue r
     [waiting addObject:c];
     pthread_cond_signal(&changed);
     pthread_mutex_unlock(&lock);
+    if (eager)
+        [self runUntil:nil event:nil value:0];
 }
 
 - (void)runUntil:(FakeCommandBuffer *)last event:(FakeEvent *)event value:(uint64_t)value
 {
-    while (late && !(event && [event signaledValue] >= value)) {
+    const bool nested = running; /* by a signal of the device itself */
+    while (late && !nested && !(event && [event signaledValue] >= value)) {
         pthread_mutex_lock(&lock);
         FakeCommandBuffer *c = [waiting count] ? [[waiting objectAtIndex:0] retain] : nil;
         pthread_mutex_unlock(&lock);
         if (!c)
             return;
+        running = true;
         const bool done = [c runUntil:event value:value];
+        running = false;
         if (done) {
             pthread_mutex_lock(&lock);
             [waiting removeObjectAtIndex:0];

@@ -29,6 +29,7 @@
     pthread_cond_broadcast(&changed);
     pthread_mutex_unlock(&lock);
     CHECK(v > was, @"an event's value goes from %lu to %lu", (unsigned long)was, (unsigned long)v);
+    fake_metal_run_eager();
 }
 
 /* In short steps: a process that was stopped meanwhile loses one step, not all of its time. */

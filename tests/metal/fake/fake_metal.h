@@ -1,6 +1,7 @@
 /* Shared by the files of the stand-in framework.
  *
  * Environment: FAKE_METAL_LATE=1     nothing runs before someone waits
+ *              FAKE_METAL_EAGER=1    it runs as far as it can before commit or a signal of the host returns
  *              FAKE_METAL_PROTECT=1  buffers that a dispatch did not bind or declare are unreadable while it runs
  *              FAKE_METAL_FAIL=n     the n-th command buffer ends in an error, after
  *              FAKE_METAL_FAIL_AT=m  m of its commands (0)
@@ -102,7 +103,7 @@ typedef struct fake_dispatch {
     pthread_mutex_t lock;
     pthread_cond_t changed;
     NSMutableArray *waiting;
-    bool late, stop;
+    bool late, eager, running, stop; /* eager: late, too, as no worker runs */
     long n_committed;
 }
 - (void)submit:(FakeCommandBuffer *)c;
@@ -131,6 +132,7 @@ typedef struct fake_dispatch {
 /* Late mode: whoever waits for the device runs it. */
 void fake_metal_run_late(void);
 void fake_metal_run_late_until(FakeEvent *event, uint64_t value);
+void fake_metal_run_eager(void); /* what the host's signal allows */
 
 /* Make the buffers that are not in `allowed` unreadable, or readable again. */
 void fake_buffers_protect(NSSet *allowed, bool hide);
