@@ -92,7 +92,7 @@ def test_same_bits(name):
             assert engine.set_slots(k) == k, "something is still pinned"
 
 
-@pytest.mark.parametrize(("slots", "lookahead"), [("all", 0), (None, 0), (None, 3)])
+@pytest.mark.parametrize(("slots", "lookahead"), [("all", 0), (None, 0), (20, 3)])
 def test_one_command_buffer_per_token(slots, lookahead):
     with opened(BASE, slots=slots, lookahead=lookahead) as engine:
         session = engine.session()
