@@ -158,6 +158,11 @@ static void affine_formats(const fm_kernels *k, bool fast)
         }
         check_shape(k, fast, (fm_quant)q, 70, 64, 64, FM_QUANT_BF16, 127, false, &s);
         check_shape(k, fast, (fm_quant)q, 16, 2048, 64, FM_QUANT_BF16, 1, false, &s);
+        /* around the panels of the tiled paths: pieces of one block, a second pass over columns, many rows of x */
+        check_shape(k, fast, (fm_quant)q, 70, 64, 64, FM_QUANT_BF16, 5, false, &s);
+        check_shape(k, fast, (fm_quant)q, 49, 576, 64, FM_QUANT_BF16, 17, true, &s);
+        check_shape(k, fast, (fm_quant)q, 35, 4096 + 64, 32, FM_QUANT_F16, 4, false, &s);
+        check_shape(k, fast, (fm_quant)q, 18, 64, 16, FM_QUANT_BF16, 277, false, &s);
     }
 }
 
