@@ -3,9 +3,10 @@
  * scaled and added in f32 as in vec_fast.h, so the bits are those of avx512. W is the left operand because that one lies
  * row by row: unpacking needs no transpose. x, the right one, is packed once per call, and its rows are the lanes.
  *
- * A tile gets 16 x 16 x 64 products in 16 cycles, two terms make 32; scaling its 16 vectors of sums costs more than 50.
- * So one pair of blocks is multiplied while the pair before it is scaled, and the next piece of W is unpacked, row by
- * row, in between: memory, the tiles and the vector units work at the same time.
+ * A tile gets 16 x 16 x 64 products in 16 cycles, two terms make 32; scaling its 16 vectors of sums costs about 60, and
+ * moving tiles most of the rest. So blocks are multiplied two ahead of the scaling, and each piece of W is unpacked, and
+ * the one after it asked for from memory, a run of blocks before it is multiplied. Loops of fixed length matter there: a
+ * mispredicted branch per row cost a third of the unpacking.
  *
  * Linux grants tiles per process on request; supported() asks for them. Each call configures them and lets them go,
  * so that idle tiles burden no context switch. */
