@@ -258,7 +258,7 @@ static void run_attention(rig *r, sequence *q, float *out)
     float *kv = floats(2 * most * hd), *qg = floats(MAX_N * 16 * 2 * hd);
     uint8_t *stored = (uint8_t *)floats(2 * most * hd);
     q->stride = 8 * fm_attn_part_floats(hd);
-    q->scratch_floats = FM_ATTN_QUERIES * fm_attn_part_floats(hd);
+    q->scratch_floats = FM_ATTN_PASS * fm_attn_part_floats(hd);
     q->scratch = floats(q->scratch_floats * r->s->threads + 2 * most / FM_ATTN_PART * q->stride);
     q->attn = (fm_attn_args){.n_heads = 16, .n_kv_heads = 2, .head_dim = hd, .scale = 0.0625f, .q = qg, .gate = qg + hd,
                              .ld_q = 16 * 2 * hd, .ld_q_head = 2 * hd, .y = out, .ld_y = 4096};
