@@ -189,6 +189,11 @@ Vtable = struct("Vtable", version=INT, name=C.c_char_p,
                 **{k: C.CFUNCTYPE(r, P, *a) for k, (r, a) in _OPS.items()})  # fmt: skip
 
 
+Counters = struct("Counters", **dict.fromkeys(
+    ("command_buffers", "encoders", "dispatches", "waits", "upload_bytes", "encode_ns", "events",
+     "awaits"), C.c_uint64))  # fmt: skip
+
+
 class Handle(C.Structure):
     _fields_ = [("v", C.POINTER(Vtable))]
 

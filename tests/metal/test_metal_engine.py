@@ -71,7 +71,7 @@ def test_the_cores_own_tests(runs, name):
 COUNT = """
 import ctypes as C, os, metal_core_plugin
 from engines import core_engine, ids_of, run
-from test_metal_host import Counters
+from hostlib import Counters
 lib = C.CDLL(os.environ["METAL_CORE_PATH"])
 lib.fm_metal_counters_newest.restype = C.POINTER(Counters)
 def now():
@@ -92,7 +92,7 @@ for form in "10":
 
 
 def test_commands_per_token():
-    """What a token of a 4-layer model costs the CPU: counts are facts; times are only reported."""
+    """What a token of an 8-layer model costs the CPU: counts are facts; times are only reported."""
     env = {**os.environ, "METAL_CORE_PATH": core(), "MSL_CHILD": "1", "FAKE_METAL_LATE": "1"}
     env["PYTHONPATH"] = os.pathsep.join([str(HERE), str(TESTS), str(mslc.REPO)])
     out = subprocess.run([sys.executable, "-c", COUNT], env=env, cwd=TESTS, text=True,

@@ -20,16 +20,10 @@ def metal():
         yield b
 
 
-class Counters(C.Structure):
-    _fields_ = [(n, C.c_uint64) for n in
-                ("command_buffers", "encoders", "dispatches", "waits", "upload_bytes",
-                 "encode_ns", "events", "awaits")]  # fmt: skip
-
-
 def counters(b):
-    b.lib.fm_metal_counters_get.restype = C.POINTER(Counters)
+    b.lib.fm_metal_counters_get.restype = C.POINTER(H.Counters)
     got = b.lib.fm_metal_counters_get(C.cast(b._handle, H.P)).contents
-    return {n: getattr(got, n) for n, _ in Counters._fields_}
+    return {n: getattr(got, n) for n, _ in H.Counters._fields_}
 
 
 def norm(b, x, w, y):
