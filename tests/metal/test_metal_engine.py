@@ -30,11 +30,13 @@ def core():
 
 
 ROWS = {"METAL_CORE_ROWS": "1"}
+# How a file is read and which policy evicts is not the device's: each once, all by -m slow.
+FEWER = [f"not {p}-{n}" for p in ("clock", "lfu") for n in (0, 1, 3, 8)] + ["not mlx"]
 RUNS = {  # name: (environment, what pytest is given); the longest first
+    "experts": (ROWS, ["test_experts.py", "-k", " and ".join(FEWER)]),
     "session": (ROWS, ["test_session.py"]),
     "chunks": (ROWS, ["test_arch.py", "-k", "chunks or max_rows"]),
     "arch": ({}, ["test_arch.py"]),
-    "experts": (ROWS, ["test_experts.py"]),
     "faults": (ROWS, ["test_faults.py", "test_faults_random.py"]),
 }
 
@@ -65,6 +67,12 @@ def test_the_cores_own_tests(runs, name):
     chunks, few slots, ragged batches, going back, saving, cancelling, every way to read, failing reads.
     """
     out = runs[name].result()
+    assert out.returncode == 0, out.stdout[-6000:] + out.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_every_way_to_read():
+    out = run(ROWS, ["test_experts.py"])
     assert out.returncode == 0, out.stdout[-6000:] + out.stderr[-2000:]
 
 
