@@ -18,6 +18,7 @@
 @interface NSMutableArray : NSObject
 - (NSUInteger)count;
 - (id)objectAtIndex:(NSUInteger)index;
+- (id)lastObject;
 - (void)addObject:(id)anObject;
 - (void)removeAllObjects;
 @end
