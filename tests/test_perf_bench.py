@@ -15,7 +15,7 @@ from flashmoe.errors import ArgumentError, StorageError, UnsupportedError
 from flashmoe.perf import machine, plots, roof
 from flashmoe.perf.bench import Setting, Work, bench, settings_of, spread
 from flashmoe.perf.runner import Runner, random_ids
-from flashmoe.perf.terms import measure_terms
+from flashmoe.perf.terms import measure_terms, terms_context
 
 QUICK = Work(prompt_tokens=12, gen_tokens=6, repeat=3, roof_seconds=0.02)
 
@@ -85,7 +85,9 @@ def test_a_result_adds_up(results, model):
 @pytest.mark.parametrize("slots", [12, 60])
 def test_terms(model, slots):
     """Both terms are there; compute is measured alone where a token's experts fit."""
-    with Runner(model, {"n_slots": slots}, memory="1GiB", threads=1, context=128) as runner:
+    with Runner(
+        model, {"n_slots": slots}, memory="1GiB", threads=1, context=terms_context(60, 4)
+    ) as runner:
         terms = measure_terms(runner, 60, 4)
         fits = slots == 60
         assert terms["decode"]["compute_is"].startswith("measured" if fits else "time not")
@@ -98,6 +100,14 @@ def test_terms(model, slots):
             assert t["larger_term"] in ("I/O", "compute")
             assert t["io_seconds"] >= 0
             assert (t["io_gb_per_s"] > 0) == (t["bytes_read"] > 0)
+
+
+def test_terms_have_room_in_the_context(model):
+    """They take more positions than the runs before them."""
+    work = Work(prompt_tokens=12, gen_tokens=6, repeat=2, roof=False, terms=True)
+    (result,) = bench(model, settings_of(memory=["1GiB"], threads=[1]), work)
+    assert result["options"]["context"] == 12 + 16 + 2 * 6
+    assert result["terms"].keys() == {"prefill", "decode"}
 
 
 def test_prompts_never_repeat():

@@ -25,7 +25,7 @@ from flashmoe.perf.machine import (
 from flashmoe.perf.predict import ceiling
 from flashmoe.perf.roof import measure_roof
 from flashmoe.perf.runner import PHASES, Measured, Runner, random_ids
-from flashmoe.perf.terms import measure_terms
+from flashmoe.perf.terms import measure_terms, terms_context
 from flashmoe.prepare import prepare
 
 __all__ = ["Setting", "Work", "bench", "open_runner", "settings_of", "spread"]
@@ -194,10 +194,13 @@ def open_runner(model: str | None, setting: Setting, work: Work) -> Runner:
     given = {k: v for k, v in setting.core.items() if v is not None}
     planned = {k: v for k, v in given.items() if k in signature(prepare).parameters}
     core = {k: v for k, v in given.items() if k not in planned}
+    context = work.prompt_tokens + work.gen_tokens + 1
+    if work.terms:
+        context = max(context, terms_context(work.prompt_tokens, work.gen_tokens))
     return Runner(
         model, core, memory=setting.memory, io=setting.io, threads=setting.threads,
         experts_per_token=setting.experts_per_token, prefill_chunk=setting.prefill_chunk,
-        context=work.prompt_tokens + work.gen_tokens + 1, **planned,
+        context=context, **planned,
     )  # fmt: skip
 
 

@@ -17,25 +17,31 @@ from numpy.typing import NDArray
 from flashmoe.perf.runner import Runner, random_ids
 from flashmoe.perf.timeline import repeated_reads
 
-__all__ = ["measure_terms"]
+__all__ = ["measure_terms", "terms_context"]
 
 _EVENTS = 1 << 19
+WARM_TOKENS = 16
+
+
+def terms_context(prompt_tokens: int, gen_tokens: int) -> int:
+    """Return the positions that `measure_terms` uses: it makes every token, then once more."""
+    return prompt_tokens + WARM_TOKENS + 2 * gen_tokens
 
 
 def measure_terms(
-    runner: Runner, prompt_tokens: int, gen_tokens: int, *, seed: int = 1, warm_tokens: int = 16
+    runner: Runner, prompt_tokens: int, gen_tokens: int, *, seed: int = 1
 ) -> dict[str, dict[str, Any]]:
     """Measure a new prompt and tokens after it, and both terms of each.
 
     Parameters
     ----------
     runner : Runner
+        With a context of `terms_context` positions or more.
     prompt_tokens, gen_tokens : int
-        Tokens to read, and to make.
+        Tokens to read, and to make.  WARM_TOKENS more are taken before those that count: the
+        prompt left its own experts behind.
     seed : int
         Of the token ids.
-    warm_tokens : int
-        Taken before those that count: the prompt left its own experts behind.
 
     Returns
     -------
@@ -46,16 +52,16 @@ def measure_terms(
         decode are per token.  ``compute_is`` says whether compute was measured alone or is the
         time not spent waiting for reads.  Prefill has ``experts_read_twice_in_a_forward``.
     """
-    ids = random_ids(runner.vocab_size, prompt_tokens + warm_tokens + gen_tokens, seed, 77)
+    ids = random_ids(runner.vocab_size, prompt_tokens + WARM_TOKENS + gen_tokens, seed, 77)
     session = runner.core.session()
     try:
-        prompt, tokens = ids[:prompt_tokens], ids[prompt_tokens + warm_tokens :]
+        prompt, tokens = ids[:prompt_tokens], ids[prompt_tokens + WARM_TOKENS :]
         prefill, events = _recorded(runner, lambda: _prefill(session, prompt))
         record = runner.plan.experts_bytes // max(runner.plan.n_experts, 1)
         kinds = _kinds()
         out = {"prefill": _term(runner, prefill, events, None)}
         out["prefill"]["experts_read_twice_in_a_forward"] = repeated_reads(events, kinds, record)
-        for token in ids[prompt_tokens : prompt_tokens + warm_tokens]:
+        for token in ids[prompt_tokens : prompt_tokens + WARM_TOKENS]:
             session.step(int(token))
         decode, events = _recorded(runner, lambda: _steps(session, tokens))
         term = _term(runner, decode, events, _compute_alone(runner, session, tokens))
