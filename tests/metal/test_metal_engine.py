@@ -32,6 +32,7 @@ def core():
 ROWS = {"METAL_CORE_ROWS": "1"}
 # How a file is read and which policy evicts is not the device's: each once, all by -m slow.
 FEWER = [f"not {p}-{n}" for p in ("clock", "lfu") for n in (0, 1, 3, 8)] + ["not mlx"]
+FEWER += ["not lru-1", "not lru-8", *(f"not {n}-{p}" for p in ("clock", "lfu") for n in (0, 4))]
 RUNS = {  # name: (environment, what pytest is given); the longest first
     "experts": (ROWS, ["test_experts.py", "-k", " and ".join(FEWER)]),
     "session": (ROWS, ["test_session.py"]),
