@@ -222,8 +222,8 @@ static int64_t mat_row_bytes(const fm_mat *W) { return W->codes_stride + 2 * W->
 
 enum { MANY_ROWS = 8 }; /* from here on a task's cost is arithmetic, and its set-up is per row of x */
 
-/* Weight rows per task, of n_mats like W: by bytes (all that is fair when x has many rows), whole kernel tiles, and never so few tasks
- * that threads idle. */
+/* Weight rows per task, of n_mats like W: by bytes (all that is fair when x has many rows), whole kernel tiles, and
+ * never so few tasks that threads idle. */
 static int64_t mat_block(const fm_mat *W, int64_t n_mats, int64_t n, int n_threads)
 {
     int64_t rows = n < MANY_ROWS ? rows_per_task(mat_row_bytes(W)) : W->n_rows;

@@ -9,8 +9,8 @@
 /* Per ISA: vf_fma(a, b, c) = a*b + c in one rounding; vf_max (of two numbers); vf_round_i (to nearest even);
  * vi_dp(acc, u, s, wide): lane += sum of 4 products u8 * s8 (wide: u may be 64 or more; VI_DP_SPLITS tells whether it
  * matters); v_plane(d, planes, p): codes p of every byte; vi_hadd(a, b): sums of neighbours, a's then b's; vi_quad: in
- * vec_avx512.h; vf_stream: a store past the caches, vf_stream_end after the last; v_transpose(d): d[i] lane r <- d[r] lane i; vh_load_part, vu_load_part; vf_from_f16, vf_from_bf16,
- * vf_from_u8, vf_to_f16 (to nearest even): VL numbers;
+ * vec_avx512.h; vf_stream: a store past the caches, vf_stream_end after the last; v_transpose(d): d[i] lane r <- d[r]
+ * lane i; vh_load_part, vu_load_part; vf_from_f16, vf_from_bf16, vf_from_u8, vf_to_f16 (to nearest even): VL numbers;
  * v_cut_make(bits), v_unpack: VB codes. */
 #if FM_VEC_ISA == FM_VEC_AVX512
 #include "cpu/vec_avx512.h"

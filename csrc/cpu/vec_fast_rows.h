@@ -24,7 +24,7 @@ typedef struct rows_work {
 
 /* How the rows of one call are walked. */
 typedef struct rows_walk {
-    int planes, sub_shift, group_shift;
+    int sub_shift, group_shift;
     v_cut cut;
     int64_t fold;    /* rows that make one vector of blocks; 1: each row starts its own */
     int64_t n_sub;   /* blocks per row of this pass */
@@ -59,8 +59,8 @@ FM_INLINE void rows_split(const int8_t *from, int planes, int8_t *to)
 FM_INLINE void rows_spread(const fast_x *x, int64_t k0, int64_t padded, const rows_walk *v, int planes, int8_t *to,
                            float *qs)
 {
-    const int64_t kn = v->n_sub << v->sub_shift, all = v->fold > 1 ? (int64_t)VL << v->sub_shift
-                                                                    : (v->n_sub + VL - 1) / VL * VL << v->sub_shift;
+    const int64_t kn = v->n_sub << v->sub_shift; /* a folded row has fewer than VL blocks: `all` is then one vector */
+    const int64_t all = (v->n_sub + VL - 1) / VL * VL << v->sub_shift;
     for (int64_t c = 0; c < all; c += planes * VB, to += 2 * VB * planes) {
         const int64_t at = k0 + (v->fold > 1 ? c % kn : c);
         if (at >= padded) {
@@ -202,12 +202,12 @@ FM_INLINE void rows_tile(const fm_mat *W, rows_work *w, rows_walk *v, int64_t k0
 }
 
 /* Rows of one vector: with few blocks a row, and rows that follow each other without a gap. */
-FM_INLINE int64_t rows_fold(const fm_mat *W, const rows_walk *v, int bits)
+FM_INLINE int64_t rows_fold(const fm_mat *W, const rows_walk *v, int bits, int planes)
 {
     const int64_t size = W->scale_format == FM_QUANT_F32 ? 4 : 2, n_sub = W->n_cols >> v->sub_shift;
     const bool packed = W->codes_stride * 8 == W->n_cols * bits && W->scales_stride == n_sub * size &&
                         v->sub_shift == v->group_shift;
-    return packed && n_sub < VL && VL % n_sub == 0 && n_sub << v->sub_shift >= VB * v->planes ? VL / n_sub : 1;
+    return packed && n_sub < VL && VL % n_sub == 0 && n_sub << v->sub_shift >= VB * planes ? VL / n_sub : 1;
 }
 
 FM_INLINE void fast_few_as(const fm_mat *W, const fm_act *a, int64_t i0, float *y, int64_t ldy, int64_t r0, int64_t r1,
@@ -218,9 +218,8 @@ FM_INLINE void fast_few_as(const fm_mat *W, const fm_act *a, int64_t i0, float *
     const int n_chunks = (1 << sub_shift) / (4 * planes);
     const int64_t pass = (int64_t)ROWS_SUBS << sub_shift, padded = fast_padded(W->n_cols);
     const bool wide = !(VI_DP_SPLITS && f.bits < 8);
-    rows_walk v = {.planes = planes, .sub_shift = sub_shift,
-                   .group_shift = f.group_shift, .cut = v_cut_make(bits)};
-    const int64_t fold = rows_fold(W, &v, bits);
+    rows_walk v = {.sub_shift = sub_shift, .group_shift = f.group_shift, .cut = v_cut_make(bits)};
+    const int64_t fold = rows_fold(W, &v, bits, planes);
     rows_work w;
     fast_x x[FAST_MAX_T];
     for (int t = 0; t < T; t++)
