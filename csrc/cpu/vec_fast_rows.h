@@ -1,9 +1,10 @@
 /* Owns: mode `fast` (vec_fast.h holds the arithmetic) for one or two rows of x, as decode has them. Memory is the bound
- * there, and a core only reads at full speed in one long run: so W is walked row by row in its own order, and lanes are
- * columns. A chunk of VB bytes of codes gives VB bytes per plane (two nibbles, four crumbs), whose products with x, laid
- * out in the same order, fall into lanes of 4 columns; trees of pairwise sums bring the sums of VL blocks into one
- * vector, beside which scales and biases lie as they are in memory. When VL rows are through, the scaled blocks are
- * transposed and added in order with lanes = rows. Where a row has few blocks, several rows make one vector. */
+ * there, and a core only reads at full speed in long runs: so W is walked row by row in its own order, and lanes are
+ * columns. Two such runs take turns, because the hardware's prefetcher stops at the end of a page. A chunk of VB bytes
+ * of codes gives VB bytes per plane (two nibbles, four crumbs), whose products with x, laid out in the same order, fall
+ * into lanes of 4 columns; trees of pairwise sums bring the sums of VL blocks into one vector, beside which scales and
+ * biases lie as they are in memory. When VL rows are through, the scaled blocks are transposed and added in order with
+ * lanes = rows. Where a row has few blocks, several rows make one vector. */
 #ifndef FM_CPU_VEC_FAST_ROWS_H
 #define FM_CPU_VEC_FAST_ROWS_H
 
@@ -13,13 +14,14 @@ enum {
     FAST_MAX_T = 2,  /* rows of x */
     ROWS_SUBS = 128, /* blocks per pass */
     ROWS_K = ROWS_SUBS * FAST_BLOCK,
-    ROWS_AHEAD = 1024, /* bytes; up to 6144 were tried */
+    ROWS_AHEAD = 768, /* bytes; up to 6144 were tried */
+    ROWS_STRIPS = 2,  /* 1, 3, 4 and 8 read slower */
 };
 
 typedef struct rows_work {
     _Alignas(64) int8_t q[FAST_MAX_T][2 * ROWS_K];         /* [chunk][plane][hi, lo][VB] */
     _Alignas(64) float qs[FAST_MAX_T][ROWS_SUBS];          /* sums of q */
-    _Alignas(64) float part[FAST_MAX_T][VL * ROWS_SUBS + VL]; /* [row][block]: isum * scale + bias * qsum */
+    _Alignas(64) float part[FAST_MAX_T][ROWS_STRIPS * VL * ROWS_SUBS + VL]; /* [row][block]: isum*scale + bias*qsum */
 } rows_work;
 
 /* How the rows of one call are walked. */
@@ -187,15 +189,33 @@ FM_INLINE vf rows_add(const float *part, const rows_walk *v, const float *xs, vf
     return acc;
 }
 
-/* VL rows or fewer from r, over the columns of one pass from k0. */
-FM_INLINE void rows_tile(const fm_mat *W, rows_work *w, rows_walk *v, int64_t k0, int64_t r, int64_t n, int bits,
-                         int planes, int n_chunks, bool wide, bool usual, int T)
+/* y gets, or in later passes is increased by, the blocks at part + from: of n rows of W. */
+FM_INLINE void rows_put(const rows_work *w, const rows_walk *v, const fast_x *x, int64_t k0, int64_t from, float *y,
+                        int64_t ldy, int64_t n, int T)
+{
+    for (int t = 0; t < T; t++, y += ldy) {
+        const vf before = k0 == 0 ? (vf){0} : n == VL ? vf_load(y) : vf_load_part(y, n);
+        const vf acc = rows_add(w->part[t] + from, v, x[t].xs + (k0 >> 6), before);
+        if (n == VL)
+            vf_store(y, acc);
+        else
+            vf_store_part(y, acc, n);
+    }
+}
+
+/* VL rows from r of each strip, row by row in turn, or n < VL rows of the only strip; the columns of one pass from k0. */
+FM_INLINE void rows_tiles(const fm_mat *W, rows_work *w, rows_walk *v, int64_t k0, int64_t r, int64_t n,
+                          int64_t strip_rows, int64_t n_strips, int bits, int planes, int n_chunks, bool wide,
+                          bool usual, int T)
 {
     const int64_t from = k0 * bits / 8, g0 = k0 >> v->group_shift, size = W->scale_format == FM_QUANT_F32 ? 4 : 2;
     for (int64_t i = 0; i < n; i += v->fold)
-        rows_row(W, W->codes + (r + i) * W->codes_stride + from, v->fold * W->codes_stride - from,
-                 W->scales + (r + i) * W->scales_stride + g0 * size, W->biases + (r + i) * W->scales_stride + g0 * size,
-                 w, v, bits, planes, n_chunks, wide, usual, T, i * v->stride);
+        for (int64_t s = 0; s < n_strips; s++) {
+            const int64_t row = r + s * strip_rows + i;
+            rows_row(W, W->codes + row * W->codes_stride + from, v->fold * W->codes_stride - from,
+                     W->scales + row * W->scales_stride + g0 * size, W->biases + row * W->scales_stride + g0 * size,
+                     w, v, bits, planes, n_chunks, wide, usual, T, (s * VL + i) * v->stride);
+        }
     for (int64_t i = n; i < VL; i++)
         for (int t = 0; t < T; t++)
             memset(w->part[t] + i * v->stride, 0, (size_t)v->stride * sizeof(float));
@@ -231,22 +251,21 @@ FM_INLINE void fast_few_as(const fm_mat *W, const fm_act *a, int64_t i0, float *
         v.stride = fold > 1 ? v.n_sub : (v.n_sub + VL - 1) / VL * VL;
         for (int t = 0; t < T; t++)
             rows_spread(&x[t], k0, padded, &v, planes, w.q[t], w.qs[t]);
-        for (int64_t r = r0; r < r1; r += VL) {
+        /* Two strips of whole tiles, and what is left over. */
+        const int64_t strip = (r1 - r0) / VL / ROWS_STRIPS * VL;
+        for (int64_t r = r0; r < r0 + strip; r += VL) {
+            rows_tiles(W, &w, &v, k0, r, VL, strip, ROWS_STRIPS, bits, planes, n_chunks, wide, usual, T);
+            for (int64_t s = 0; s < ROWS_STRIPS; s++)
+                rows_put(&w, &v, x, k0, s * VL * v.stride, y + i0 * ldy + r + s * strip, ldy, VL, T);
+        }
+        for (int64_t r = r0 + ROWS_STRIPS * strip; r < r1; r += VL) {
             const int64_t n = r1 - r < VL ? r1 - r : VL;
             if (n % v.fold != 0) { /* the last few rows: x lies right for single ones too */
                 v.fold = 1;
                 v.stride = VL;
             }
-            rows_tile(W, &w, &v, k0, r, n, bits, planes, n_chunks, wide, usual, T);
-            for (int t = 0; t < T; t++) {
-                float *p = y + (i0 + t) * ldy + r;
-                const vf acc = rows_add(w.part[t], &v, x[t].xs + (k0 >> 6),
-                                        k0 == 0 ? (vf){0} : n == VL ? vf_load(p) : vf_load_part(p, n));
-                if (n == VL)
-                    vf_store(p, acc);
-                else
-                    vf_store_part(p, acc, n);
-            }
+            rows_tiles(W, &w, &v, k0, r, n, 0, 1, bits, planes, n_chunks, wide, usual, T);
+            rows_put(&w, &v, x, k0, 0, y + i0 * ldy + r, ldy, n, T);
         }
     }
 }
