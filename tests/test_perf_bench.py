@@ -86,13 +86,19 @@ def test_a_result_adds_up(results, model):
 def test_terms(model, slots):
     """Both terms are there; compute is measured alone where a token's experts fit."""
     with Runner(
-        model, {"n_slots": slots}, memory="1GiB", threads=1, context=terms_context(60, 4)
+        model, {"n_slots": slots}, memory="1GiB", threads=1, context=terms_context(60, 6)
     ) as runner:
-        terms = measure_terms(runner, 60, 4)
+        terms = measure_terms(runner, 60, 6)
         fits = slots == 60
         assert terms["decode"]["compute_is"].startswith("measured" if fits else "time not")
         assert terms["prefill"]["experts_read_twice_in_a_forward"] == 0
         assert terms["prefill"]["bytes_read"] > 0
+        assert terms["decode"]["rounds"] == 2
+        assert (
+            terms["decode"]["share_min"]
+            <= terms["decode"]["share_of_larger_term"]
+            <= terms["decode"]["share_max"]
+        )
         for t in terms.values():
             assert t["seconds"] > 0
             assert t["compute_seconds"] > 0

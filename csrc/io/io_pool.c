@@ -74,7 +74,16 @@ static void read_request(pool *p, fm_io_req *r)
         finished = fm_io_advance(p->io, r, &part, p->read(p->ctx, r, &part));
     }
     fm_io_stop(r);
-    fm_io_finish(p->io, r);
+}
+
+/* The device has done its part: the next guess may be read while this one is checked. */
+static void end_guess(pool *p)
+{
+    pthread_mutex_lock(&p->lock);
+    p->n_speculative--;
+    if (p->queued[1].n > 0)
+        pthread_cond_signal(&p->work);
+    pthread_mutex_unlock(&p->lock);
 }
 
 static void *worker_main(void *arg)
@@ -87,12 +96,15 @@ static void *worker_main(void *arg)
             pthread_cond_wait(&p->work, &p->lock);
             continue;
         }
+        const bool guess = r->priority == 1;
         r->state = FM_IO_RUNNING;
-        p->n_speculative += r->priority == 1;
+        p->n_speculative += guess;
         pthread_mutex_unlock(&p->lock);
         read_request(p, r);
+        if (guess)
+            end_guess(p);
+        fm_io_finish(p->io, r);
         pthread_mutex_lock(&p->lock);
-        p->n_speculative -= r->priority == 1;
         complete(p, r);
     }
     pthread_mutex_unlock(&p->lock);
@@ -130,8 +142,7 @@ fm_status fm_io_pool_open(fm_io *io, int n_workers, fm_io_read_fn *read, void *c
     p->io = io;
     p->read = read;
     p->ctx = ctx;
-    /* A quarter of the workers is kept for demand; one alone does both. */
-    p->max_speculative = n_workers == 1 ? 1 : n_workers - (n_workers + 3) / 4;
+    p->max_speculative = fm_io_max_speculative(n_workers);
     pthread_mutex_init(&p->lock, NULL);
     pthread_cond_init(&p->work, NULL);
     init_cond(&p->completed);

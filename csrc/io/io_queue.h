@@ -35,6 +35,15 @@ static inline fm_io_req *fm_io_queue_pop(fm_io_queue *q)
     return r;
 }
 
+/* Guesses read at once, of n reads at once. A few parts of half a megabyte keep a disk busy; more would only stand in
+ * the device's queue, before what is demanded next and beyond the reach of cancel. */
+static inline int fm_io_max_speculative(int n)
+{
+    enum { ENOUGH = 6 };
+    const int most = n == 1 ? 1 : n - (n + 3) / 4; /* the rest is kept for demand; one alone does both */
+    return most < ENOUGH ? most : ENOUGH;
+}
+
 /* What to start next: demand first; speculation only while fewer than max_speculative of it are
  * running, so that a demand read never finds the device full of guesses. The caller counts. */
 static inline fm_io_req *fm_io_queue_pop_next(fm_io_queue *by_priority, int n_speculative,

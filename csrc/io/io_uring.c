@@ -165,7 +165,7 @@ static void pump(ring *r)
 {
     while (r->n_free > 0) {
         fm_io_req *const req =
-            fm_io_queue_pop_next(r->queued, r->n_speculative, (r->depth + 3) / 4);
+            fm_io_queue_pop_next(r->queued, r->n_speculative, fm_io_max_speculative(r->depth));
         if (req == NULL)
             break;
         const int i = r->free_slots[--r->n_free];

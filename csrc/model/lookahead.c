@@ -7,8 +7,9 @@
 #include "model/wave.h"
 
 enum { MEMORY = 64 /* values an average remembers */ };
-/* Early a rank must be nearly sure, because asking late will be surer; measured on 35B geometry, bench/LOG.md. */
-static const float pays[FM_GUESS_TIMES] = {[FM_GUESS_EARLY] = 0.9f, [FM_GUESS_LATE] = 0.6f};
+/* A rank comes true often enough. The surest are read first, and what is unsure only starts when the device would be
+ * idle; measured on 35B geometry, bench/LOG.md. */
+#define PAYS 0.6f
 /* Asking costs the processor about a tenth of what a read does that is found by it. */
 #define FINDS 0.1f
 enum { SAMPLE = 17 /* askings between two looks while none pays; prime, so that all layers get their turn */ };
@@ -20,7 +21,7 @@ static int64_t ranks_worth(const fm_model *m, fm_guess_time time)
     if (a->depth >= 0)
         return a->depth < m->k ? a->depth : m->k;
     int64_t n = 0;
-    while (n < m->k && a->right[time][n] >= pays[time])
+    while (n < m->k && a->right[time][n] >= PAYS)
         n++;
     return n;
 }

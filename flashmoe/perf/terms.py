@@ -2,13 +2,15 @@
 
 The larger one bounds the speed.  Reads alone are the recorded forward's own, made again into the
 same slots by the same method while nothing computes.  A token's compute alone is the token taken
-again from the position before it: the experts it wants are in their slots then.
+again from the position before it: the experts it wants are in their slots then.  Tokens are
+measured in rounds of a few, each with its own terms right after it: the speed of a disk may drift
+within seconds, the share of what it gives at the time does not.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,8 @@ __all__ = ["measure_terms", "terms_context"]
 
 _EVENTS = 1 << 19
 WARM_TOKENS = 16
+ROUND_TOKENS = 4
+MEASURED, NOT_WAITING = "measured alone", "time not waiting for reads"
 
 
 def terms_context(prompt_tokens: int, gen_tokens: int) -> int:
@@ -49,8 +53,10 @@ def measure_terms(
         ``"prefill"`` and ``"decode"``, each with ``seconds``, ``io_seconds`` (of the experts that
         were needed), ``compute_seconds``, ``larger_term``, ``share_of_larger_term``,
         ``io_gb_per_s`` (reads alone) and ``device_share`` (GB/s of the run over that).  Times of
-        decode are per token.  ``compute_is`` says whether compute was measured alone or is the
-        time not spent waiting for reads.  Prefill has ``experts_read_twice_in_a_forward``.
+        decode are per token, medians over ``rounds`` of ROUND_TOKENS; the share also has its
+        ``share_min`` and ``share_max``.  ``compute_is`` says whether compute was measured alone or
+        is the time not spent waiting for reads.  Prefill has
+        ``experts_read_twice_in_a_forward``.
     """
     ids = random_ids(runner.vocab_size, prompt_tokens + WARM_TOKENS + gen_tokens, seed, 77)
     session = runner.core.session()
@@ -59,15 +65,12 @@ def measure_terms(
         prefill, events = _recorded(runner, lambda: _prefill(session, prompt))
         record = runner.plan.experts_bytes // max(runner.plan.n_experts, 1)
         kinds = _kinds()
-        out = {"prefill": _term(runner, prefill, events, None)}
+        out = {"prefill": _term(runner, prefill, events, lambda: None)}
         out["prefill"]["experts_read_twice_in_a_forward"] = repeated_reads(events, kinds, record)
         for token in ids[prompt_tokens : prompt_tokens + WARM_TOKENS]:
             session.step(int(token))
-        decode, events = _recorded(runner, lambda: _steps(session, tokens))
-        term = _term(runner, decode, events, _compute_alone(runner, session, tokens))
-        for name in ("seconds", "io_seconds", "compute_seconds"):
-            term[name] /= len(tokens)
-        out["decode"] = term
+        rounds = [tokens[i : i + ROUND_TOKENS] for i in range(0, len(tokens), ROUND_TOKENS)]
+        out["decode"] = _medians([_round(runner, session, part) for part in rounds])
     finally:
         session.close()
     return out
@@ -88,6 +91,26 @@ def _prefill(session: Any, prompt: NDArray[np.int32]) -> None:
 def _steps(session: Any, tokens: NDArray[np.int32]) -> None:
     for token in tokens:
         session.step(int(token))
+
+
+def _round(runner: Runner, session: Any, tokens: NDArray[np.int32]) -> dict[str, Any]:
+    """Return the terms of some tokens, per token."""
+    decode, events = _recorded(runner, lambda: _steps(session, tokens))
+    term = _term(runner, decode, events, lambda: _compute_alone(runner, session, tokens))
+    for name in ("seconds", "io_seconds", "compute_seconds", "bytes_read"):
+        term[name] /= len(tokens)
+    return term
+
+
+def _medians(rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return one term of several: medians of its numbers, the spread of its share."""
+    shares = [r["share_of_larger_term"] for r in rounds]
+    numbers = [name for name, value in rounds[0].items() if isinstance(value, float)]
+    out = {**rounds[0], **{n: float(np.median([r[n] for r in rounds])) for n in numbers}}
+    measured = all(r["compute_is"] == MEASURED for r in rounds)
+    out["compute_is"] = MEASURED if measured else NOT_WAITING
+    out["larger_term"] = "I/O" if out["io_seconds"] > out["compute_seconds"] else "compute"
+    return {**out, "rounds": len(rounds), "share_min": min(shares), "share_max": max(shares)}
 
 
 def _recorded(runner: Runner, work: Any) -> tuple[dict[str, Any], NDArray[Any]]:
@@ -120,7 +143,10 @@ def _compute_alone(runner: Runner, session: Any, tokens: NDArray[np.int32]) -> f
 
 
 def _term(
-    runner: Runner, stats: Mapping[str, Any], events: NDArray[Any], compute: float | None
+    runner: Runner,
+    stats: Mapping[str, Any],
+    events: NDArray[Any],
+    compute_alone: Callable[[], float | None],
 ) -> dict[str, Any]:
     kinds = _kinds()
     reads = events[np.isin(events["kind"], [kinds.index("read"), kinds.index("guess")])]
@@ -137,13 +163,14 @@ def _term(
         rate = runner.core.stats()["bytes_read"] / max(alone, 1e-9)
     needed = n_bytes - int(stats["guess_wasted_bytes"])
     io = max(needed, 0) / rate if rate else 0.0
+    compute = compute_alone()
     measured = compute is not None
     compute = compute if compute is not None else max(seconds - stats["wait_ns"] * 1e-9, 0.0)
     return {
         "seconds": seconds, "io_seconds": io, "compute_seconds": compute,
-        "compute_is": "measured alone" if measured else "time not waiting for reads",
+        "compute_is": MEASURED if measured else NOT_WAITING,
         "larger_term": "I/O" if io > compute else "compute",
         "share_of_larger_term": max(io, compute) / max(seconds, 1e-9),
         "io_gb_per_s": rate * 1e-9, "bytes_read": n_bytes,
-        "device_share": n_bytes / max(seconds, 1e-9) / rate if rate else None,
+        "device_share": n_bytes / max(seconds, 1e-9) / rate if rate else 0.0,
     }  # fmt: skip
