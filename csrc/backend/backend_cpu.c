@@ -1,6 +1,7 @@
 /* Owns: the backend vtable over cpu/kernels and base/threads. Every op runs at once and returns when done.
  * Splits work into row ranges or heads; which thread does which never changes a result. */
 #include <math.h>
+#include <stdatomic.h>
 #include <string.h>
 
 #include "backend/backend_impl.h"
@@ -16,7 +17,7 @@ typedef struct cpu_backend {
     size_t temp_bytes;
 } cpu_backend;
 
-enum { TASK_BYTES = 160 << 10 }; /* weights per task: coarse enough to hand out, fine enough to share */
+enum { TASK_BYTES = 320 << 10 }; /* weights per task: coarse enough to hand out, fine enough to share */
 
 static fm_status reserve(void **p, size_t *have, size_t want)
 {
@@ -47,8 +48,8 @@ static fm_caps cpu_caps(const fm_backend *b)
 
 static fm_status cpu_alloc(fm_backend *b, size_t bytes, fm_usage usage, void **out)
 {
-    (void)b;
-    return fm_region_alloc(bytes, usage == FM_USAGE_WEIGHTS || usage == FM_USAGE_SLOTS, out);
+    (void)b; /* state too: a token walks through all of DeltaNet's, and a new sequence pays per fault */
+    return fm_region_alloc(bytes, usage != FM_USAGE_SCRATCH, out);
 }
 
 static void cpu_free(fm_backend *b, void *p, size_t bytes, fm_usage usage)
@@ -180,11 +181,28 @@ static bool has_nonfinite(const float *x, int64_t n)
     return any != 0;
 }
 
+typedef struct finite_ctx {
+    const float *x;
+    int64_t n;
+    atomic_bool bad;
+} finite_ctx;
+
+static void finite_task(void *p, int64_t task, int worker)
+{
+    (void)worker;
+    finite_ctx *a = p;
+    const int64_t i0 = task * ELEMENTS_PER_TASK, left = a->n - i0;
+    if (has_nonfinite(a->x + i0, left < ELEMENTS_PER_TASK ? left : ELEMENTS_PER_TASK))
+        atomic_store_explicit(&a->bad, true, memory_order_relaxed);
+}
+
 static fm_status cpu_find_nonfinite(fm_backend *b, const float *x, int64_t n, int64_t n_cols, int64_t *row)
 {
-    (void)b;
+    const cpu_backend *c = (const cpu_backend *)b;
+    finite_ctx a = {x, n * n_cols, false};
+    fm_parallel_for(c->pool, (a.n + ELEMENTS_PER_TASK - 1) / ELEMENTS_PER_TASK, finite_task, &a);
     *row = -1;
-    for (int64_t r = 0; r < n && *row < 0; r++)
+    for (int64_t r = 0; r < n && a.bad && *row < 0; r++)
         if (has_nonfinite(x + r * n_cols, n_cols))
             *row = r;
     return FM_OK;
@@ -229,7 +247,9 @@ static int64_t mat_block(const fm_mat *W, int64_t n_mats, int64_t n, int n_threa
     int64_t rows = n < MANY_ROWS ? rows_per_task(mat_row_bytes(W)) : W->n_rows;
     const int64_t fair = (n_mats * W->n_rows + 4 * n_threads - 1) / (4 * n_threads);
     rows = rows < fair ? rows : fair;
-    return (rows < 32 ? 32 : rows + 31) / 32 * 32;
+    rows = rows < 32 ? 32 : rows;
+    const int64_t n_tasks = (W->n_rows + rows - 1) / rows; /* of equal size */
+    return ((W->n_rows + n_tasks - 1) / n_tasks + 31) / 32 * 32;
 }
 
 typedef struct matmul_ctx {

@@ -230,6 +230,17 @@ FM_INLINE int64_t rows_fold(const fm_mat *W, const rows_walk *v, int bits, int p
     return packed && n_sub < VL && VL % n_sub == 0 && n_sub << v->sub_shift >= VB * planes ? VL / n_sub : 1;
 }
 
+/* Where a strip begins: on its way while x is laid out. */
+FM_INLINE void rows_prefetch(const fm_mat *W, int64_t row)
+{
+    for (int64_t i = 0; i < ROWS_AHEAD; i += 64)
+        __builtin_prefetch(W->codes + row * W->codes_stride + i, 0, 3);
+    for (int64_t i = 0; i < ROWS_AHEAD / 2; i += 64) {
+        __builtin_prefetch(W->scales + row * W->scales_stride + i, 0, 3);
+        __builtin_prefetch(W->biases + row * W->scales_stride + i, 0, 3);
+    }
+}
+
 FM_INLINE void fast_few_as(const fm_mat *W, const fm_act *a, int64_t i0, float *y, int64_t ldy, int64_t r0, int64_t r1,
                            int T, int planes, bool usual)
 {
@@ -244,6 +255,9 @@ FM_INLINE void fast_few_as(const fm_mat *W, const fm_act *a, int64_t i0, float *
     fast_x x[FAST_MAX_T];
     for (int t = 0; t < T; t++)
         x[t] = fast_row(a, i0 + t, f.sub);
+    const int64_t strip = (r1 - r0) / VL / ROWS_STRIPS * VL; /* two strips of whole tiles, and what is left over */
+    for (int64_t s = 0; s < ROWS_STRIPS; s++)
+        rows_prefetch(W, r0 + s * strip);
     for (int64_t k0 = 0; k0 < W->n_cols; k0 += pass) {
         const int64_t kn = W->n_cols - k0 < pass ? W->n_cols - k0 : pass;
         v.n_sub = kn >> sub_shift;
@@ -251,8 +265,6 @@ FM_INLINE void fast_few_as(const fm_mat *W, const fm_act *a, int64_t i0, float *
         v.stride = fold > 1 ? v.n_sub : (v.n_sub + VL - 1) / VL * VL;
         for (int t = 0; t < T; t++)
             rows_spread(&x[t], k0, padded, &v, planes, w.q[t], w.qs[t]);
-        /* Two strips of whole tiles, and what is left over. */
-        const int64_t strip = (r1 - r0) / VL / ROWS_STRIPS * VL;
         for (int64_t r = r0; r < r0 + strip; r += VL) {
             rows_tiles(W, &w, &v, k0, r, VL, strip, ROWS_STRIPS, bits, planes, n_chunks, wide, usual, T);
             for (int64_t s = 0; s < ROWS_STRIPS; s++)
