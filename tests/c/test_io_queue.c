@@ -7,6 +7,7 @@
 
 #include "base/clock.h"
 #include "base/crc32c.h"
+#include "io/io_queue.h"
 
 enum { BLOCK = 4096, N_BLOCKS = 64, FILE_BYTES = BLOCK * N_BLOCKS, MAX_REQS = 1024 };
 static char path[4096];
@@ -105,6 +106,48 @@ static void speculation_leaves_room(void)
         fm_io_close(io);
     }
     CHECK(overtook);
+}
+
+static int by_time(const void *a, const void *b)
+{
+    const int64_t x = *(const int64_t *)a, y = *(const int64_t *)b;
+    return (x > y) - (x < y);
+}
+
+/* The most of reqs[0..n) that were at the device at one time. */
+static int most_at_once(int n)
+{
+    static int64_t begin[MAX_REQS], end[MAX_REQS];
+    int most = 0, ended = 0;
+    for (int i = 0; i < n; i++) {
+        begin[i] = reqs[i].submitted_ns + reqs[i].ns_queued;
+        end[i] = begin[i] + reqs[i].ns_read;
+    }
+    qsort(begin, (size_t)n, sizeof(int64_t), by_time);
+    qsort(end, (size_t)n, sizeof(int64_t), by_time);
+    for (int i = 0; i < n; i++) {
+        while (end[ended] <= begin[i])
+            ended++;
+        most = i + 1 - ended > most ? i + 1 - ended : most;
+    }
+    return most;
+}
+
+/* Few guesses are at the device at once, however many workers there are; demand takes them all. */
+static void few_guesses_at_once(void)
+{
+    enum { WORKERS = 16 };
+    fm_io *const io = open_variant(variant, WORKERS, NULL, path);
+    prepare(MAX_REQS);
+    for (int i = 0; i < MAX_REQS; i++)
+        reqs[i].priority = 1;
+    REQUIRE(fm_io_submit(io, list, MAX_REQS) == FM_OK);
+    wait_for(io, MAX_REQS);
+    CHECK(most_at_once(MAX_REQS) <= fm_io_max_speculative(WORKERS));
+    fm_io_close(io);
+    CHECK_INT(fm_io_max_speculative(1), 1);
+    CHECK_INT(fm_io_max_speculative(4), 3);
+    CHECK(fm_io_max_speculative(WORKERS) < WORKERS / 2);
 }
 
 /* A speculative read that is demanded now overtakes the others, and may be promoted at any time. */
@@ -339,6 +382,7 @@ int main(void)
         RUN(many_at_once);
         RUN(demand_goes_first);
         RUN(speculation_leaves_room);
+        RUN(few_guesses_at_once);
         RUN(cancelled);
         RUN(promoted);
         RUN(timeouts);
