@@ -47,7 +47,7 @@ typedef struct rig {
     double peak_fma, peak_int8, peak_tiles;
 } rig;
 
-enum { MAX_N = 512, MAX_COLS = 4096, MAX_OUT = 4096, GROUP = 64, TASK_BYTES = 160 << 10 };
+enum { MAX_N = 512, MAX_COLS = 4096, MAX_OUT = 4096, GROUP = 64, TASK_BYTES = 320 << 10 };
 
 static void die(const char *what)
 {

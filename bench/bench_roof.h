@@ -16,7 +16,7 @@
 #include "cpu/x86.h"
 #endif
 
-enum { READ_TASK = 4 << 20, ROUNDS = 1 << 22, CHAINS = 12 };
+enum { READ_TASK = 4 << 20, READ_STREAMS = 4, ROUNDS = 1 << 22, CHAINS = 12 };
 
 typedef struct reader {
     const uint8_t *p;
@@ -32,11 +32,13 @@ __attribute__((target("avx2,fma")))
 #endif
 static uint64_t read_all(const uint8_t *p, int64_t bytes)
 {
+    const int64_t part = bytes / READ_STREAMS; /* one stream alone waits at the end of every page */
     u64x4 s[8] = {{0}};
-    for (int64_t i = 0; i + 256 <= bytes; i += 256)
+    for (int64_t i = 0; i + 256 <= part; i += 256)
+        for (int k = 0; k < READ_STREAMS; k++)
 #pragma GCC unroll 8
-        for (int j = 0; j < 8; j++)
-            s[j] |= *(const u64x4 *)(p + i + 32 * j);
+            for (int j = 0; j < 8; j++)
+                s[j] |= *(const u64x4 *)(p + k * part + i + 32 * j);
     for (int j = 1; j < 8; j++)
         s[0] |= s[j];
     return s[0][0] | s[0][1] | s[0][2] | s[0][3];
