@@ -24,7 +24,8 @@ enum {
     FM_FC_VEC = 3,    /* 1: rows of codes and of x are 16-byte aligned */
     FM_FC_GATED = 4,  /* 1: two matrices, out = silu(gate) * up */
     FM_FC_DIM = 5,    /* head_dim, or dk: sizes registers */
-    FM_FC_BYTES = 6   /* 1: areas may lie at any byte address (experts read in place from foreign files) */
+    FM_FC_BYTES = 6,  /* 1: areas may lie at any byte address (experts read in place from foreign files) */
+    FM_FC_LONG = 7    /* 1: more columns than mat_vec's tile holds */
 };
 
 /* Weight formats as the shaders number them: affine formats are their bits. */
@@ -42,9 +43,9 @@ enum {
 
 enum {
     FM_WIDTH = 32,       /* lanes of a simdgroup */
-    FM_MV_ROWS = 4,      /* matvec: matrix rows of a simdgroup; gated, two of each matrix */
-    FM_MV_SIMDGROUPS = 8, /* of a threadgroup, at most */
-    FM_MV_TILE = 2048,   /* columns of x in threadgroup memory */
+    FM_MV_SLICES = 4,     /* matvec: simdgroups of 32 * FM_WIDTH columns that share a row, at most */
+    FM_MV_SIMDGROUPS = 4, /* of a threadgroup, at most */
+    FM_MV_PAIRS = 16,     /* pairs of matrix rows that a simdgroup takes, at most */
     FM_MM_TILE = 32,     /* matmul: rows, outputs and columns of a tile */
     FM_MM_THREADS = 128,
     FM_NORM_THREADS = 256,
@@ -86,8 +87,9 @@ typedef struct fm_mat_args {
     fm_u32 n_cols, ldx;
     fm_u32 codes_stride, scales_stride; /* bytes per row */
     fm_u32 gather;                      /* 1: row i of x is rows[row0 + i] */
+    fm_u32 slices, pairs;               /* mat_vec: simdgroups that share a row; pairs of rows of each, even */
 } fm_mat_args;
-FM_ASSERT_SIZE(fm_mat_args, 20);
+FM_ASSERT_SIZE(fm_mat_args, 28);
 
 typedef struct fm_embed_args {
     fm_u32 n, n_cols, ldy, codes_stride, scales_stride;

@@ -12,7 +12,7 @@
 #include "backend/backend.h"
 #include "metal_args.h"
 
-enum { FM_METAL_N_CONSTANTS = 7, FM_METAL_MAX_PIPELINES = 256, FM_METAL_MAX_BUFFERS = 256 };
+enum { FM_METAL_N_CONSTANTS = 8, FM_METAL_MAX_PIPELINES = 256, FM_METAL_MAX_BUFFERS = 256 };
 
 typedef struct fm_metal_buffer {
     char *base;     /* as handed out; page-aligned */

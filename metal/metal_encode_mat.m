@@ -1,5 +1,5 @@
 /* Matrices: items that share a format go out in one dispatch, addressed through a table, so that cached experts are
- * used where they lie. Few rows: mat_vec, which reads x once per four outputs; many: mat_mul over tiles
+ * used where they lie. Few rows: mat_vec, whose simdgroups keep x; many: mat_mul over tiles
  * (fm_metal_tune). */
 #include <string.h>
 
@@ -62,26 +62,46 @@ fm_status fm_metal_mat_address(fm_metal *m, const fm_mat *W, fm_metal_addresser 
     return address(m, W->biases, bytes, "a weight's biases", biases);
 }
 
-/* Simdgroups of a threadgroup of mat_vec: many share a tile of x, as long as the threadgroups still fill a GPU. */
-static int64_t vec_simdgroups(int64_t all) { return all >= 512 * FM_MV_SIMDGROUPS ? FM_MV_SIMDGROUPS : 2; }
+/* How mat_vec is cut up. The order of a row's additions follows from the slices, hence these from the columns alone.
+ * Many pairs of rows for a simdgroup spare loads of x, as long as WANTED threadgroups are left to fill a GPU. */
+typedef struct vec_plan {
+    int64_t slices, teams, pairs;
+} vec_plan;
+
+enum { WANTED = 640 };
+
+static vec_plan plan_vec(fm_u32 format, int64_t n_cols, int64_t n_pairs)
+{
+    vec_plan p = {1, FM_MV_SIMDGROUPS, 2};
+    const int64_t blocks = (n_cols + 32 * FM_WIDTH - 1) / (32 * FM_WIDTH);
+    if (format < FM_FMT_F16)
+        p.slices = blocks < FM_MV_SLICES ? blocks : FM_MV_SLICES;
+    p.teams = FM_MV_SIMDGROUPS / p.slices;
+    p.pairs = n_pairs / (WANTED * p.teams) / 2 * 2;
+    p.pairs = p.pairs < 2 ? 2 : p.pairs > FM_MV_PAIRS ? FM_MV_PAIRS : p.pairs;
+    return p;
+}
 
 fm_status fm_metal_run_items(fm_metal *m, fm_metal_kind kind, const fm_metal_items *a)
 {
     kind.c.v[FM_FC_GATED] = a->gated;
     if (!a->vec || a->x.offset % 16 != 0 || a->ldx % 4 != 0)
         kind.c.v[FM_FC_VEC] = 0; /* the tiled kernel does not look: one pipeline */
+    kind.c.v[FM_FC_LONG] = a->vec && kind.n_cols > FM_MV_SLICES * FM_WIDTH * 32;
     fm_metal_call c;
     FM_TRY(fm_metal_call_begin(m, a->vec ? "mat_vec" : "mat_mul", kind.c, &c));
     fm_metal_bind_place(&c, 0, a->table);
-    const fm_mat_args args = {(fm_u32)kind.n_cols, (fm_u32)a->ldx, (fm_u32)kind.codes_stride,
-                              (fm_u32)kind.scales_stride, a->rows != NULL};
+    const int64_t of_pair = a->gated ? 1 : 2; /* outputs */
+    const vec_plan p =
+        plan_vec(kind.c.v[FM_FC_FORMAT], kind.n_cols, (a->most_out + of_pair - 1) / of_pair * a->n * a->most_rows);
+    const fm_mat_args args = {(fm_u32)kind.n_cols, (fm_u32)a->ldx,   (fm_u32)kind.codes_stride, (fm_u32)kind.scales_stride,
+                              a->rows != NULL,     (fm_u32)p.slices, (fm_u32)p.pairs};
     fm_metal_bind_bytes(&c, 1, &args, sizeof args);
     fm_metal_bind_place(&c, 2, a->x);
     fm_metal_bind_place(&c, 3, a->rows ? *a->rows : a->table);
     if (a->vec) {
-        const int64_t mine = a->gated ? FM_MV_ROWS / 2 : FM_MV_ROWS; /* outputs of a simdgroup */
-        const int64_t simdgroups = vec_simdgroups(a->most_out / mine * a->n * a->most_rows), per = mine * simdgroups;
-        fm_metal_run(&c, (a->most_out + per - 1) / per, a->n, a->most_rows, (int)(FM_WIDTH * simdgroups), 1);
+        const int64_t per = p.teams * p.pairs * of_pair;
+        fm_metal_run(&c, (a->most_out + per - 1) / per, a->n, a->most_rows, (int)(FM_WIDTH * p.slices * p.teams), 1);
     } else {
         fm_metal_run(&c, (a->most_out + FM_MM_TILE - 1) / FM_MM_TILE, (a->most_rows + FM_MM_TILE - 1) / FM_MM_TILE,
                      a->n, FM_MM_THREADS, 1);

@@ -17,6 +17,7 @@ constant uint FC_VEC [[function_constant(3)]];
 constant uint FC_GATED [[function_constant(4)]];
 constant uint FC_DIM [[function_constant(5)]];
 constant uint FC_BYTES [[function_constant(6)]];
+constant uint FC_LONG [[function_constant(7)]];
 
 inline float sigmoid(float x) {
     const float e = exp(-abs(x));
@@ -25,18 +26,24 @@ inline float sigmoid(float x) {
 
 inline float silu(float x) { return x * sigmoid(x); }
 
-// Element i of plain numbers; at their natural addresses, or with FC_BYTES at any.
-inline float plain_at(device const uchar *p, uint format, uint i) {
+// The bits of element i of plain numbers; at their natural addresses, or with FC_BYTES at any.
+inline uint plain_bits(device const uchar *p, uint format, uint i) {
     if (FC_BYTES && format == FM_FMT_F32)
-        return as_type<float>(uint(p[4 * i]) | uint(p[4 * i + 1]) << 8 |
-                              uint(p[4 * i + 2]) << 16 | uint(p[4 * i + 3]) << 24);
+        return uint(p[4 * i]) | uint(p[4 * i + 1]) << 8 | uint(p[4 * i + 2]) << 16 |
+               uint(p[4 * i + 3]) << 24;
     if (format == FM_FMT_F32)
-        return ((device const float *)p)[i];
-    const ushort bits = FC_BYTES ? ushort(p[2 * i] | p[2 * i + 1] << 8)
-                                 : ((device const ushort *)p)[i];
-    if (format == FM_FMT_BF16)
-        return as_type<float>(uint(bits) << 16);
-    return float(as_type<half>(bits));
+        return ((device const uint *)p)[i];
+    return FC_BYTES ? uint(p[2 * i]) | uint(p[2 * i + 1]) << 8 : uint(((device const ushort *)p)[i]);
+}
+
+inline float plain_value(uint bits, uint format) {
+    return format == FM_FMT_F32    ? as_type<float>(bits)
+           : format == FM_FMT_BF16 ? as_type<float>(bits << 16)
+                                   : float(as_type<half>(ushort(bits)));
+}
+
+inline float plain_at(device const uchar *p, uint format, uint i) {
+    return plain_value(plain_bits(p, format, i), format);
 }
 
 // Code j of a row: FC_FORMAT bits from bit j * FC_FORMAT of a little-endian bit stream, which

@@ -1,9 +1,10 @@
 // y = W x for few rows of x: matrices of several formats, one dispatch for all that share x.
 //
-// A simdgroup takes FM_MV_ROWS matrix rows at once (gated: pairs of a gate row and an up row), so
-// that x is read once for them. Affine: x goes through threadgroup memory by tiles, each lane takes
-// blocks of 32 codes, and scale and bias leave the inner loop:
+// Affine: a simdgroup keeps 1024 columns of x in registers, 32 a lane, and takes matrix rows past
+// them, two at once (gated: a gate row and its up row) and two on their way. More columns are split
+// over `slices` simdgroups, which meet in threadgroup memory. Scale and bias leave the inner loop:
 //     sum_block = s * sum(q * x) + b * sum(x)       (one fma per weight)
+// A row's order of additions follows from n_cols and the slices alone.
 // Bound: 2^-20 * sum |w x| for weights spread over their range; f32 accumulation.
 #include "common.h"
 
@@ -21,31 +22,54 @@ inline float4 x_scale() {
 
 inline float result_scale() { return in_halves() ? 16777216.0f : 1.0f; }
 
-// A tile of x: 4 columns of a block lie LD_X float4 apart from the next 4, so that lanes, which
-// read the same columns of neighbouring blocks, read neighbouring memory.
-constant uint LD_X = FM_MV_TILE / 32 + 1;
+// A tile of x: block b has its place by its number modulo the tile's blocks, and 4 columns of a
+// block lie LD_X float4 apart from the next 4, so that lanes, which read the same columns of
+// neighbouring blocks, read neighbouring memory.
+constant uint TILE_BLOCKS = FM_MV_SLICES * FM_WIDTH, LD_X = TILE_BLOCKS + 1;
 
 inline float4 load_x4(device const float *x) {
     return FC_VEC ? *(device const float4 *)x : float4(*(device const packed_float4 *)x);
 }
 
-// Columns [0, n_cols) of x into the tile, zeros up to whole `steps` of a simdgroup's blocks after
-// them, and the sums of each 16.
-inline void load_tile(device const float *x, uint n_cols, uint steps, uint lane, uint sg, uint n_sg,
-                      threadgroup float4 *tile, threadgroup float *sums) {
-    for (uint i0 = sg * FM_WIDTH; i0 < steps * FM_WIDTH * 8; i0 += n_sg * FM_WIDTH) {
-        const uint i = i0 + lane;
-        const float4 v = i < n_cols / 4 ? load_x4(x + 4 * i) : float4(0.0f);
-        float s = (v.x + v.y) + (v.z + v.w);
-        s += simd_shuffle_xor(s, 1);
-        s += simd_shuffle_xor(s, 2);
-        tile[i % 8 * LD_X + i / 8] = v * x_scale();
-        if (i % 4 == 0)
-            sums[i / 4] = s * (1.0f / result_scale());
+// Blocks [b0, b0 + n_blocks) of x into the tile, zeros past n_cols; n_blocks is 32 for each slice.
+// All loads are under way before the first is used.
+inline void load_tile(device const float *x, uint n_cols, uint b0, uint n_blocks, uint tid,
+                      uint n_threads, threadgroup float4 *tile) {
+    float4 v[8];
+#pragma unroll
+    for (uint k = 0; k < 8; k++) {
+        const uint i = b0 * 8 + k * n_threads + tid;
+        v[k] = i < n_cols / 4 ? load_x4(x + 4 * i) : float4(0.0f);
+    }
+#pragma unroll
+    for (uint k = 0; k < 8; k++) {
+        const uint i = b0 * 8 + k * n_threads + tid;
+        if (i < (b0 + n_blocks) * 8)
+            tile[i % 8 * LD_X + i / 8 % TILE_BLOCKS] = v[k];
     }
 }
 
-// The matrix rows of a simdgroup: row r belongs to matrix r % 2 when gated.
+// A lane's 32 columns of x, scaled, and the sum of each 16 before that.
+struct mv_x {
+    float v[32], sum[2];
+};
+
+inline void take_x(threadgroup const float4 *tile, thread mv_x &x) {
+#pragma unroll
+    for (uint h = 0; h < 2; h++) {
+        float4 s = float4(0.0f);
+#pragma unroll
+        for (uint j = 4 * h; j < 4 * h + 4; j++) {
+            const float4 t = tile[j * LD_X], f = t * x_scale();
+            s += t;
+            x.v[4 * j] = f.x, x.v[4 * j + 1] = f.y, x.v[4 * j + 2] = f.z, x.v[4 * j + 3] = f.w;
+        }
+        x.sum[h] = ((s.x + s.y) + (s.z + s.w)) * (1.0f / result_scale());
+    }
+}
+
+// The matrix rows of a simdgroup, two at a time: outputs 2i and 2i + 1, or gated the rows of gate
+// and up for output i.
 struct mv_rows {
     device const uint *codes[2]; // of the first row
     device const uchar *scales[2], *biases[2];
@@ -53,47 +77,47 @@ struct mv_rows {
     uint codes_stride, scales_stride, last; // rows past the last are read as it and not stored
 };
 
-inline uint side_of(uint r) { return FC_GATED ? r % 2 : 0; }
-inline uint row_in(thread const mv_rows &rows, uint r) {
-    return min(FC_GATED ? r / 2 : r, rows.last);
-}
-
-inline void find_rows(device const fm_metal_item &it, constant fm_mat_args &a, uint r0,
+inline void find_rows(device const fm_metal_item &it, constant fm_mat_args &a, uint first,
                       thread mv_rows &o) {
-    const ulong row = min(r0, it.n_out - 1), c = row * a.codes_stride, s = row * a.scales_stride;
+    const ulong row = min(first, it.n_out - 1), c = row * a.codes_stride, s = row * a.scales_stride;
+    o.codes[0] = row_of(it.codes, c), o.codes[1] = FC_GATED ? row_of(it.up_codes, c) : o.codes[0];
+    o.scales[0] = it.scales + s, o.scales[1] = FC_GATED ? it.up_scales + s : o.scales[0];
+    o.biases[0] = it.biases + s, o.biases[1] = FC_GATED ? it.up_biases + s : o.biases[0];
+    o.at[0] = it.codes_at, o.at[1] = FC_GATED ? it.up_at : it.codes_at;
     o.last = it.n_out - 1 - uint(row);
-    o.codes[0] = row_of(it.codes, c), o.codes[1] = row_of(it.up_codes, c);
-    o.scales[0] = it.scales + s, o.scales[1] = it.up_scales + s;
-    o.biases[0] = it.biases + s, o.biases[1] = it.up_biases + s;
-    o.at[0] = it.codes_at, o.at[1] = it.up_at;
     o.codes_stride = a.codes_stride, o.scales_stride = a.scales_stride;
 }
 
-// Block b of each row.
+inline uint row_in(thread const mv_rows &rows, uint i, uint side) {
+    return min(FC_GATED ? i : 2 * i + side, rows.last);
+}
+
+// Block b of rows 2i and 2i + 1; offsets in 32 bits are a register each. Scales stay as they came
+// until they are used, so that nothing waits for them here.
 struct mv_block {
-    uint w[FM_MV_ROWS][8];
-    float scale[FM_MV_ROWS][2], bias[FM_MV_ROWS][2]; // [1]: of the second 16 codes, group 16 only
+    uint w[2][8];
+    uint scale[2][2], bias[2][2]; // [][1]: of the second 16 codes, group 16 only
 };
 
-// Offsets are added in 32 bits: one register each, where a pointer kept per row would take two.
-inline void load_blocks(thread const mv_rows &rows, uint b, thread mv_block &o) {
+inline void load_blocks(thread const mv_rows &rows, uint i, uint b, thread mv_block &o) {
     const uint g = b * 32 / FC_GROUP * (FC_SCALE == FM_FMT_F32 ? 4 : 2);
 #pragma unroll
-    for (uint r = 0; r < FM_MV_ROWS; r++)
-        load_block(row_of(rows.codes[side_of(r)], row_in(rows, r) * rows.codes_stride + b * FC_FORMAT * 4),
-                   rows.at[side_of(r)], o.w[r]);
+    for (uint r = 0; r < 2; r++)
+        load_block(row_of(rows.codes[r],
+                          row_in(rows, i, r) * rows.codes_stride + b * FC_FORMAT * 4),
+                   rows.at[r], o.w[r]);
 #pragma unroll
-    for (uint r = 0; r < FM_MV_ROWS; r++) {
-        const uint off = row_in(rows, r) * rows.scales_stride + g;
+    for (uint r = 0; r < 2; r++) {
+        const uint off = row_in(rows, i, r) * rows.scales_stride + g;
 #pragma unroll
         for (uint h = 0; h < (FC_GROUP == 16 ? 2 : 1); h++) {
-            o.scale[r][h] = plain_at(rows.scales[side_of(r)] + off, FC_SCALE, h);
-            o.bias[r][h] = plain_at(rows.biases[side_of(r)] + off, FC_SCALE, h);
+            o.scale[r][h] = plain_bits(rows.scales[r] + off, FC_SCALE, h);
+            o.bias[r][h] = plain_bits(rows.biases[r] + off, FC_SCALE, h);
         }
     }
 }
 
-// sum(q * x) over the columns of word k, which holds two halves.
+// sum + sum(q * x) over the columns of a word of two halves.
 inline float halves_dot(uint w, thread const float *x, float sum) {
     const uint n = 16 / FC_FORMAT, mask = ((1u << FC_FORMAT) - 1) * 0x10001u;
 #pragma unroll
@@ -106,42 +130,42 @@ inline float halves_dot(uint w, thread const float *x, float sum) {
     return sum;
 }
 
-// Block b of the tile at `x` times the codes in `w`.
-inline void add_blocks(thread const mv_block &w, threadgroup const float4 *x,
-                       threadgroup const float *sums, uint b, thread float *acc) {
-    float part[FM_MV_ROWS][2];
+// Columns [16h, 16h + 16 or 32) of a block times x: codes alone.
+inline float codes_dot(thread const uint *w, thread const mv_x &x, uint h) {
+    const uint end = FC_GROUP == 16 ? 16 * h + 16 : 32, step = in_halves() ? 32 / FC_FORMAT : 1;
+    float sum = 0.0f;
 #pragma unroll
-    for (uint r = 0; r < FM_MV_ROWS; r++)
-        part[r][0] = part[r][1] = 0.0f;
-    const uint cols = in_halves() ? 32 / FC_FORMAT : 16; // x in registers
+    for (uint c = 16 * h; c < end; c += step)
+        sum = in_halves() ? halves_dot(w[c / step], x.v + c, sum) : fma(code_of(w, c), x.v[c], sum);
+    return sum;
+}
+
+inline float block_dot(thread const mv_block &o, uint r, thread const mv_x &x) {
+    float sum = 0.0f;
 #pragma unroll
-    for (uint c = 0; c < 32; c += cols) {
-        float v[16];
-#pragma unroll
-        for (uint j = 0; j < cols / 4; j++) {
-            const float4 f = x[(c / 4 + j) * LD_X + b];
-            v[4 * j] = f.x, v[4 * j + 1] = f.y, v[4 * j + 2] = f.z, v[4 * j + 3] = f.w;
-        }
-#pragma unroll
-        for (uint r = 0; r < FM_MV_ROWS; r++) {
-            const uint h = FC_GROUP == 16 ? c / 16 : 0;
-            if (in_halves()) {
-                part[r][h] = halves_dot(w.w[r][c / cols], v, part[r][h]);
-            } else {
-#pragma unroll
-                for (uint j = 0; j < 16; j++)
-                    part[r][h] = fma(code_of(w.w[r], c + j), v[j], part[r][h]);
-            }
-        }
+    for (uint h = 0; h < (FC_GROUP == 16 ? 2 : 1); h++) {
+        const float of_x = FC_GROUP == 16 ? x.sum[h] : x.sum[0] + x.sum[1];
+        sum = fma(plain_value(o.bias[r][h], FC_SCALE), of_x, sum);
+        sum = fma(plain_value(o.scale[r][h], FC_SCALE), codes_dot(o.w[r], x, h), sum);
     }
-    const float s0 = sums[2 * b], s1 = sums[2 * b + 1];
-#pragma unroll
-    for (uint r = 0; r < FM_MV_ROWS; r++) {
-        acc[r] = fma(w.bias[r][0], FC_GROUP == 16 ? s0 : s0 + s1, acc[r]);
-        acc[r] = fma(w.scale[r][0], part[r][0], acc[r]);
-        if (FC_GROUP == 16)
-            acc[r] = fma(w.scale[r][1], part[r][1], fma(w.bias[r][1], s1, acc[r]));
-    }
+    return sum;
+}
+
+inline float pick(bool second, float a, float b) { return second ? b : a; }
+
+// Rows 2i and 2i + 1 of a simdgroup over its slice, added to what an earlier tile gave. Even lanes
+// add up the first row, odd lanes the second: half the steps of two sums.
+inline void use_blocks(thread const mv_block &o, thread const mv_x &x, uint i, bool more, uint lane,
+                       threadgroup float *part) {
+    const bool odd = lane % 2 != 0;
+    const float a = block_dot(o, 0, x), b = block_dot(o, 1, x);
+    float v = pick(odd, a, b) + simd_shuffle_xor(pick(odd, b, a), 1);
+    v += simd_shuffle_xor(v, 2);
+    v += simd_shuffle_xor(v, 4);
+    v += simd_shuffle_xor(v, 8);
+    v += simd_shuffle_xor(v, 16);
+    if (lane < 2)
+        part[2 * i + lane] = more ? part[2 * i + lane] + v : v;
 }
 
 // Four plain numbers; vector loads when the host knows that they are aligned.
@@ -170,8 +194,8 @@ inline float plain_dot(device const uchar *row, device const float *x, uint n, u
     return s;
 }
 
-// Threads: FM_WIDTH * (1 .. FM_MV_SIMDGROUPS).
-// Groups: (outputs / outputs of a group, items, rows of x); gated, a simdgroup makes half as many.
+// Threads: FM_WIDTH * slices * teams. A team takes `pairs` (even) pairs of matrix rows: as many outputs
+// when gated, else twice as many. Groups: (outputs / outputs of a group, items, rows of x).
 kernel void mat_vec(device const fm_metal_item *items [[buffer(0)]],
                     constant fm_mat_args &a [[buffer(1)]],
                     device const float *x_all [[buffer(2)]],
@@ -180,55 +204,71 @@ kernel void mat_vec(device const fm_metal_item *items [[buffer(0)]],
                     uint lane [[thread_index_in_simdgroup]],
                     uint sg [[simdgroup_index_in_threadgroup]],
                     uint n_sg [[simdgroups_per_threadgroup]]) {
-    threadgroup float4 tile[8 * (FM_MV_TILE / 32 + 1)];
-    threadgroup float sums[FM_MV_TILE / 16];
+    threadgroup float4 tile[8 * (FM_MV_SLICES * FM_WIDTH + 1)];
+    threadgroup float parts[FM_MV_SIMDGROUPS * 2 * FM_MV_PAIRS];
     device const fm_metal_item &it = items[group.y];
-    const uint n_mine = FC_GATED ? FM_MV_ROWS / 2 : FM_MV_ROWS, t = group.z;
-    const uint r0 = (group.x * n_sg + sg) * n_mine;
+    const uint n_mine = FC_GATED ? a.pairs : 2 * a.pairs, n_teams = n_sg / a.slices, t = group.z;
+    const uint first = group.x * n_teams * n_mine, slice = sg % a.slices;
     mv_rows w;
-    find_rows(it, a, r0, w);
-    device float *y = it.y + ulong(t) * it.ldy;
-    const uint n_out = it.n_out, has_bias = it.has_bias, add = it.add;
+    find_rows(it, a, first + sg / a.slices * n_mine, w);
+    const uint n_out = it.n_out;
     // the last test has the pointers fetched together with the counts, not after them
-    if (t >= it.n || group.x * n_sg * n_mine >= n_out || it.codes == nullptr)
+    if (t >= it.n || first >= n_out || it.codes == nullptr)
         return;
     const ulong x_row = a.gather ? uint(rows[it.row0 + t]) : it.row0 + t;
     device const float *x = x_all + x_row * a.ldx;
-    float acc[FM_MV_ROWS] = {0.0f};
+    threadgroup float *part = parts + sg * 2 * a.pairs;
     if (FC_FORMAT < FM_FMT_F16) {
-        for (uint c0 = 0; c0 < a.n_cols; c0 += FM_MV_TILE) {
-            const uint n_cols = min(uint(FM_MV_TILE), a.n_cols - c0);
-            const uint steps = (n_cols + 32 * FM_WIDTH - 1) / (32 * FM_WIDTH);
-            const uint b0 = c0 / 32, last = a.n_cols / 32 - 1; // past it, x is zero
-            mv_block block;
-            load_blocks(w, min(b0 + lane, last), block); // on its way while x is
-            if (c0 != 0)
+        const uint last = a.n_cols / 32 - 1; // blocks past it meet zeros of x
+        uint b0 = 0;
+        do { // once, unless FC_LONG: what lives across turns takes registers that occupancy needs
+            const uint mine = b0 + slice * FM_WIDTH + lane, b = min(mine, last);
+            mv_block even, odd; // on their way while x is
+            load_blocks(w, 0, b, even);
+            load_blocks(w, 1, b, odd);
+            if (FC_LONG && b0 != 0)
                 threadgroup_barrier(mem_flags::mem_threadgroup); // the last tile is used up
-            load_tile(x + c0, n_cols, steps, lane, sg, n_sg, tile, sums);
+            load_tile(x, a.n_cols, b0, a.slices * FM_WIDTH, sg * FM_WIDTH + lane, n_sg * FM_WIDTH,
+                      tile);
             threadgroup_barrier(mem_flags::mem_threadgroup);
-            for (uint i = 0; i < steps; i++) {
-                const uint b = i * FM_WIDTH + lane;
-                if (i != 0)
-                    load_blocks(w, min(b0 + b, last), block);
-                add_blocks(block, tile, sums, b, acc);
+            mv_x columns;
+            take_x(tile + mine % TILE_BLOCKS, columns);
+            for (uint i = 0; i < a.pairs; i += 2) { // at the end, once more what is there: no branch
+                use_blocks(even, columns, i, FC_LONG && b0 != 0, lane, part);
+                load_blocks(w, min(i + 2, a.pairs - 2), b, even);
+                use_blocks(odd, columns, i + 1, FC_LONG && b0 != 0, lane, part);
+                load_blocks(w, min(i + 3, a.pairs - 1), b, odd);
             }
-        }
+            b0 += a.slices * FM_WIDTH;
+        } while (FC_LONG && b0 <= last);
     } else {
-#pragma unroll
-        for (uint r = 0; r < FM_MV_ROWS; r++)
-            acc[r] = plain_dot((device const uchar *)row_of(w.codes[side_of(r)], row_in(w, r) * w.codes_stride) +
-                                   w.at[side_of(r)],
-                               x, a.n_cols, lane);
+        for (uint i = 0; i < 2 * a.pairs; i++) {
+            const uint off = row_in(w, i / 2, i % 2) * w.codes_stride + w.at[i % 2];
+            device const uchar *row = (device const uchar *)w.codes[i % 2] + off;
+            const float v = simd_sum(plain_dot(row, x, a.n_cols, lane));
+            if (lane == 0)
+                part[i] = v;
+        }
     }
-#pragma unroll
-    for (uint r = 0; r < n_mine; r++) {
-        float v = simd_sum(acc[FC_GATED ? 2 * r : r]) * result_scale();
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+#pragma unroll 1
+    for (uint o = sg * FM_WIDTH + lane; o < n_teams * n_mine; o += n_sg * FM_WIDTH) {
+        threadgroup const float *p = parts + o / n_mine * a.slices * 2 * a.pairs;
+        float v = 0.0f, up = 0.0f;
+#pragma unroll 1
+        for (uint s = 0; s < a.slices; s++, p += 2 * a.pairs) {
+            v += p[FC_GATED ? o % n_mine * 2 : o % n_mine];
+            up += FC_GATED ? p[o % n_mine * 2 + 1] : 0.0f;
+        }
+        v *= result_scale();
         if (FC_GATED)
-            v = silu(v) * (simd_sum(acc[2 * r + 1]) * result_scale());
-        if (lane == r && r0 + r < n_out) {
-            if (has_bias)
-                v += it.bias[r0 + r];
-            y[r0 + r] = add ? y[r0 + r] + v : v;
+            v = silu(v) * (up * result_scale());
+        const uint at = first + o;
+        if (at < n_out) {
+            if (it.has_bias)
+                v += it.bias[at];
+            device float *y = it.y + ulong(t) * it.ldy + at;
+            *y = it.add ? *y + v : v;
         }
     }
 }

@@ -79,8 +79,9 @@ def bound(raw, a, i):
     a.set_bytes(i, raw)
 
 
-def copy_speeds(directory):
-    """Bytes per second read plus written: the copy kernel and the driver's copy."""
+def copy_speeds(directory, sizes):
+    """Bytes per second read plus written: the copy kernel and the driver's copy, long; then the copy
+    kernel moving only `sizes` bytes in a launch, one launch after the other and over four streams."""
     n = 2 << 30
     src, dst = alloc(n), alloc(n)
     upload(np.random.default_rng(0).integers(0, 256, n, dtype=np.uint8), src)
@@ -94,9 +95,22 @@ def copy_speeds(directory):
 
     for work in (kernel_work(fn, a, (n // 16384, 1, 1), (256, 1, 1)), driver):
         speeds.append(2 * n / seconds([work] * 4))
+    short = []
+    for size in sizes:
+        half, works = size // 2 // 16384 * 16384, []
+        for at in range(0, SET_BYTES, half):
+            a = Args()
+            a.b[0], a.b[1] = src + at, dst + at
+            works.append(kernel_work(fn, a, (half // 16384, 1, 1), (256, 1, 1)))
+        short.append([2 * half / seconds(works, streams) for streams in (1, 4)])
     for p in (src, dst):
         call("cuMemFree_v2", C.c_uint64(p))
-    return speeds
+    return *speeds, short
+
+
+def shape_bytes(bits, gated):
+    """Of all experts' matrices in one dispatch."""
+    return EXPERTS * (1 + gated) * HIDDEN * WIDTH * (bits * GROUP + 2 * 16) // (8 * GROUP)
 
 
 class Case:
@@ -105,6 +119,7 @@ class Case:
     def __init__(self, bits, gated, rng):
         self.bits, self.gated, self.matrices = bits, gated, 1 + gated
         self.n_out, self.n_cols = (WIDTH, HIDDEN) if gated else (HIDDEN, WIDTH)
+        self.slices, self.pairs = (4, 16) if gated else (1, 8)  # as the host cuts these shapes
         self.codes, self.scales = self.n_cols * bits // 8, self.n_cols // GROUP * 2
         self.matrix = self.n_out * (self.codes + 2 * self.scales)
         self.bytes = self.matrix * self.matrices * EXPERTS
@@ -140,7 +155,8 @@ class Case:
         a = Args()
         bound(table(items), a, 0)
         bound(bytes(args("fm_mat_args", n_cols=self.n_cols, ldx=self.n_cols,
-                         codes_stride=self.codes, scales_stride=self.scales)), a, 1)  # fmt: skip
+                         codes_stride=self.codes, scales_stride=self.scales, slices=self.slices,
+                         pairs=self.pairs)), a, 1)  # fmt: skip
         a.b[2] = a.b[3] = x
         return a
 
@@ -178,25 +194,29 @@ class Case:
 def bench(directory):
     """Print one JSON line per measurement."""
     os.environ["MSL_CUDA"] = str(directory)
-    copy, driver = copy_speeds(directory)
+    cases = [(bits, gated) for bits in (4, 2) for gated in (1, 0)]
+    sizes = [shape_bytes(*case) for case in cases]
+    copy, driver, short = copy_speeds(directory, sizes)
+    for size, speeds in zip(sizes, short):
+        print(json.dumps({"copy_MB": round(size / 1e6, 1), "GBps": round(speeds[0] / 1e9),
+                          "GBps_4_streams": round(speeds[1] / 1e9)}))  # fmt: skip
     print(json.dumps({"copy_kernel_GBps": round(copy / 1e9), "copy_driver_GBps": round(driver / 1e9),
                       "counted": "read + written"}))  # fmt: skip
-    for bits in (4, 2):
-        for gated in (1, 0):
-            case = Case(bits, gated, np.random.default_rng(1))
-            fc = tuple(sorted(bench_constants(bits, gated).items()))
-            fn = function(str(directory), "matvec", fc, "mat_vec")
-            simdgroups = CONST["FM_MV_SIMDGROUPS"]
-            rows = CONST["FM_MV_ROWS"] * simdgroups // case.matrices
-            groups, tg = (-(-case.n_out // rows), EXPERTS, 1), (32 * simdgroups, 1, 1)
-            call("cuMemsetD8_v2", C.c_uint64(case.y), 255, C.c_size_t(4 * EXPERTS * case.n_out))
-            works = [kernel_work(fn, a, groups, tg) for a in case.args]
-            line = {"bits": bits, "matrix": "gate+up" if gated else "down", "experts": EXPERTS,
-                    "MB": round(case.bytes / 1e6, 1), "error": 0.0}  # fmt: skip
-            for name, streams in (("", 1), ("_4_streams", 4)):
-                t = seconds(works, streams)
-                line |= {"us" + name: round(t * 1e6, 2), "GBps" + name: round(case.bytes / t / 1e9),
-                         "of_copy" + name: round(case.bytes / t / copy, 3)}  # fmt: skip
-            line["error"] = round(case.error(), 3)
-            print(json.dumps(line), flush=True)
-            case.free()
+    for bits, gated in cases:
+        case = Case(bits, gated, np.random.default_rng(1))
+        fc = tuple(sorted(bench_constants(bits, gated).items()))
+        fn = function(str(directory), "matvec", fc, "mat_vec")
+        simdgroups = CONST["FM_MV_SIMDGROUPS"]
+        rows = simdgroups // case.slices * case.pairs * (1 if gated else 2)
+        groups, tg = (-(-case.n_out // rows), EXPERTS, 1), (32 * simdgroups, 1, 1)
+        call("cuMemsetD8_v2", C.c_uint64(case.y), 255, C.c_size_t(4 * EXPERTS * case.n_out))
+        works = [kernel_work(fn, a, groups, tg) for a in case.args]
+        line = {"bits": bits, "matrix": "gate+up" if gated else "down", "experts": EXPERTS,
+                "MB": round(case.bytes / 1e6, 1), "error": 0.0}  # fmt: skip
+        for name, streams in (("", 1), ("_4_streams", 4)):
+            t = seconds(works, streams)
+            line |= {"us" + name: round(t * 1e6, 2), "GBps" + name: round(case.bytes / t / 1e9),
+                     "of_copy" + name: round(case.bytes / t / copy, 3)}  # fmt: skip
+        line["error"] = round(case.error(), 3)
+        print(json.dumps(line), flush=True)
+        case.free()

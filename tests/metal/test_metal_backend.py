@@ -98,6 +98,24 @@ def test_matmul(both, fmt, n):
         near(metal[0], cpu[0], 2.0**-19 * size)
 
 
+@pytest.mark.parametrize("n_cols", [1088, 4160])
+def test_slices_follow_columns(both, n_cols):
+    """Few and many rows of a matrix are cut differently for mat_vec; a row's bits stay."""
+    rng = np.random.default_rng(12)
+    w, x = Matrix(rng, 2600 if n_cols > 4096 else 5200, n_cols, "affine4"), rand(rng, 1, n_cols)
+
+    def setup(b, few, many):
+        m, xb = put(b, w), b.array(x)
+        for y in (few, many):
+            m.n_rows = y.shape[1]
+            b.matmul(xb.ctypes.data, n_cols, 1, items((m, y, None, False)), 1)
+
+    cpu, metal = both.run(setup, (1, 9), (1, w.shape[0]))
+    near(metal[1], x @ w.values.T, 2.0**-20 * (np.abs(x) @ np.abs(w.values.T)))
+    assert np.array_equal(metal[0], metal[1][:, :9])
+    near(metal[1], cpu[1], 2.0**-19 * (np.abs(x) @ np.abs(w.values.T)))
+
+
 @pytest.mark.parametrize("n", [1, 7])
 def test_matmul_mixed_items(both, n):
     """Items of different formats, heights and strides; bias; y += alone."""

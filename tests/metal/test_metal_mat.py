@@ -40,24 +40,26 @@ def item(w, y, up=None, bias=None, n=1, row0=0, add=0, n_out=None):
                 has_bias=bias is not None, add=add)  # fmt: skip
 
 
-def mat_args(w, x, rows=None):
+def mat_args(w, x, rows, slices, pairs):
     return args("fm_mat_args", n_cols=w.shape[1], ldx=x.shape[1], codes_stride=w.codes.shape[1],
-                scales_stride=w.scales.shape[1], gather=rows is not None)  # fmt: skip
+                scales_stride=w.scales.shape[1], gather=rows is not None, slices=slices,
+                pairs=pairs)  # fmt: skip
 
 
-def run_mat(kernel, items, w, x, rows=None, vec=0, gated=0, simdgroups=2):
+def run_mat(kernel, items, w, x, rows=None, vec=0, gated=0, slices=1, teams=2, pairs=2):
     """One dispatch as the host makes it: `items` share x and the format of w."""
     n_out, n = max(i.n_out for i in items), max(i.n for i in items)
     rows_buf = np.zeros(1, np.int32) if rows is None else rows
     if kernel == "mat_vec":
-        per = simdgroups * CONST["FM_MV_ROWS"] // (1 + gated)
-        groups, tg = (-(-n_out // per), len(items), n), 32 * simdgroups
+        per = teams * pairs * (1 if gated else 2)
+        groups, tg = (-(-n_out // per), len(items), n), 32 * slices * teams
     else:
         tile = CONST["FM_MM_TILE"]
         groups, tg = (-(-n_out // tile), -(-n // tile), len(items)), CONST["FM_MM_THREADS"]
     name = "matvec" if kernel == "mat_vec" else "matmul"
-    return lib(name).run(kernel, {0: table(items), 1: mat_args(w, x, rows), 2: x, 3: rows_buf},
-                         groups=groups, tg=tg, fc=constants(w, vec, gated))  # fmt: skip
+    fc = {**constants(w, vec, gated), "FC_LONG": int(w.shape[1] > 1024 * slices)}
+    return lib(name).run(kernel, {0: table(items), 1: mat_args(w, x, rows, slices, pairs), 2: x, 3: rows_buf},
+                         groups=groups, tg=tg, fc=fc)  # fmt: skip
 
 
 def check(y, w, x, bias=None):
@@ -116,20 +118,35 @@ def test_vector_loads(fmt):
     assert np.array_equal(*out)
 
 
-@pytest.mark.parametrize("simdgroups", [1, 3, 8])
+@pytest.mark.parametrize("cut", [(1, 1, 2), (1, 4, 16), (2, 2, 4), (3, 1, 2), (4, 1, 6)])
 @pytest.mark.parametrize("gated", [0, 1])
-@pytest.mark.parametrize("fmt", ["affine4", "affine5"])
-def test_tiles_of_x(fmt, gated, simdgroups):
-    """More columns than a tile, the last one's last step shorter than a simdgroup."""
+@pytest.mark.parametrize("fmt", ["affine4", "affine5", "affine2"])
+def test_tiles_of_x(fmt, gated, cut):
+    """More columns than a tile, the last one's last slice shorter than a simdgroup."""
     rng = np.random.default_rng(8)
-    w, up = (Matrix(rng, 13, CONST["FM_MV_TILE"] + 1120, fmt, 32).aligned(4) for _ in range(2))
-    x, y = f32(rng, 2, w.shape[1]), np.full((2, 13), np.nan, np.float32)
-    run_mat("mat_vec", [item(w, y, up=up, n=2)], w, x, gated=gated, simdgroups=simdgroups)
+    slices, teams, pairs = cut
+    n_cols = 1024 * slices + 1120
+    w, up = (Matrix(rng, 13, n_cols, fmt, 32).aligned(4) for _ in range(2))
+    x, y = f32(rng, 2, n_cols), np.full((2, 13), np.nan, np.float32)
+    run_mat("mat_vec", [item(w, y, up=up, n=2)], w, x, None, 0, gated, *cut)
     if gated:
         gate, other = (x.astype(np.float64) @ m.values.T for m in (w, up))
         assert np.allclose(y, silu(gate) * other, rtol=1e-4, atol=1e-2)
     else:
         check(y, w, x)
+
+
+@pytest.mark.parametrize("gated", [0, 1])
+def test_bits_follow_from_slices_alone(gated):
+    """However many rows a simdgroup takes and however many simdgroups a threadgroup has."""
+    rng = np.random.default_rng(9)
+    w, up = (Matrix(rng, 37, 1600, "affine4").aligned(4) for _ in range(2))
+    x, out = f32(rng, 1, 1600), []
+    for teams, pairs in ((1, 2), (2, 2), (1, 8), (2, 16)):
+        y = np.full((1, 37), np.nan, np.float32)
+        run_mat("mat_vec", [item(w, y, up=up)], w, x, None, 0, gated, 2, teams, pairs)
+        out.append(y)
+    assert all(np.array_equal(out[0], y) for y in out)
 
 
 @pytest.mark.parametrize("fmt", FORMATS)
