@@ -4,11 +4,11 @@
     python bench/against_llama_cpp.py disk --llama-bench BIN --gguf 40.gguf --model models/35b \
         --limit 8GiB --memory 7.5GiB --read-ahead 128:32,8192:4 --disk vda
 
-`ram`: everything is in memory; llama.cpp with and without its repacking.  `disk`: both in a memory
-cgroup (needs root), page cache dropped before every run, llama.cpp mapping its file at each
-read-ahead (KiB:tokens to decode); flashmoe reads directly into empty slots.  llama.cpp decodes from
-an empty context, flashmoe after 8 tokens, in a process of its own; prompts have 512 tokens.  One
-JSON line per run, then one with medians and ratios.
+`ram`: everything is in memory; llama.cpp with and without its repacking; both read a prompt of 512
+tokens, then decode 32 after it.  `disk`: both in a memory cgroup (needs root), page cache dropped
+before every run, llama.cpp mapping its file at each read-ahead (KiB:tokens to decode); decode and
+prefill are separate processes, both cold: flashmoe reads directly into empty slots.  One JSON line
+per run, then one with medians and ratios.
 """
 
 from __future__ import annotations
@@ -113,17 +113,6 @@ def ours(args, n_prompt: int, n_gen: int, extra: list[str], procs: Path | None, 
     return got
 
 
-def both(args, extra: list[str], procs: Path | None, cold: bool) -> dict:
-    """Decode near the start of the context, as llama-bench does; a prompt of 512 by itself."""
-    if cold:
-        drop_caches()
-    got = ours(args, 8, 32, extra, procs, cold)
-    if cold:
-        drop_caches()
-    got["prefill"] = ours(args, 512, 2, extra, procs, cold)["prefill"]
-    return got
-
-
 def note(lines: list[dict], i: int, who: str, got: dict) -> None:
     lines.append({"run": i, "who": who, **got})
     print(json.dumps(lines[-1]), flush=True)
@@ -133,9 +122,10 @@ def ram(args) -> list[dict]:
     lines = []
     for i in range(args.runs):
         for repack in ("1", "0"):
-            got = llama(args, 512, 32, ["--repack", repack], None)
+            got = llama(args, 512, 0, ["--repack", repack], None)
+            got |= llama(args, 0, 32, ["--repack", repack, "-d", "512"], None)
             note(lines, i, f"llama.cpp repack {repack}", got)
-        note(lines, i, "flashmoe", both(args, [], None, cold=False))
+        note(lines, i, "flashmoe", ours(args, 512, 32, [], None, cold=False))
     return lines
 
 
@@ -155,7 +145,11 @@ def disk(args) -> list[dict]:
                 drop_caches()
                 got |= llama(args, 512, 0, ["--repack", "0"], procs)
             note(lines, i, f"llama.cpp read-ahead {kib} KiB", got)
-        note(lines, i, "flashmoe", both(args, direct, procs, cold=True))
+        drop_caches()
+        got = ours(args, 8, 32, direct, procs, cold=True)
+        drop_caches()
+        got["prefill"] = ours(args, 512, 2, direct, procs, cold=True)["prefill"]
+        note(lines, i, "flashmoe", got)
     return lines
 
 
