@@ -48,8 +48,8 @@ static fm_caps cpu_caps(const fm_backend *b)
 
 static fm_status cpu_alloc(fm_backend *b, size_t bytes, fm_usage usage, void **out)
 {
-    (void)b; /* state too: a token walks through all of DeltaNet's, and a new sequence pays per fault */
-    return fm_region_alloc(bytes, usage != FM_USAGE_SCRATCH, out);
+    (void)b; /* not state: positions of a context that are not used yet shall cost no memory */
+    return fm_region_alloc(bytes, usage == FM_USAGE_WEIGHTS || usage == FM_USAGE_SLOTS, out);
 }
 
 static void cpu_free(fm_backend *b, void *p, size_t bytes, fm_usage usage)
