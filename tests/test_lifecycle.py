@@ -306,8 +306,10 @@ def test_keyboard_interrupt_while_generating(noise_model):
 
 
 INTERRUPTED = """
-import sys
+import signal, sys
 from flashmoe import Engine
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 
 with Engine(sys.argv[1], memory="1GiB", context=4096, threads=1) as engine:
     def few():
