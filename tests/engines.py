@@ -19,6 +19,8 @@ CHUNK_BOUND = 2e-4
 rows than for few (`tests/metal/metal_core_plugin.py` raises it and says why)."""
 SAME_BITS = True
 """Whether models without recurrent layers then keep every bit."""
+STAND_IN = False
+"""Whether a stand-in plays the device, lane by lane: what repeats itself then does so less often."""
 
 
 def golden_names() -> list[str]:

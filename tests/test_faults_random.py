@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import threading
 
+import engines
 import numpy as np
 import pytest
 from engines import core_engine, ids_of
@@ -118,10 +119,11 @@ def watched(seeds: range, right: np.ndarray) -> dict[str, int]:
 
 
 def test_random_faults(right):
-    outcome = watched(range(60), right)
-    assert sum(outcome.values()) == 60
-    assert outcome["right"] >= 10
-    assert outcome["StorageError"] >= 5
+    n = 15 if engines.STAND_IN else 60
+    outcome = watched(range(n), right)
+    assert sum(outcome.values()) == n
+    assert outcome["right"] >= n // 6
+    assert outcome["StorageError"] >= n // 12
 
 
 @pytest.mark.slow
@@ -139,6 +141,6 @@ def test_decode_allocates_nothing_after_the_first_token(slots, numeric):
         session.prefill(ids_of(MODEL, "p24"))
         session.step(1)
         before = _core.internals.n_allocs()
-        for token in range(2, 40):
+        for token in range(2, 8 if engines.STAND_IN else 40):
             session.step(token)
         assert _core.internals.n_allocs() == before

@@ -39,6 +39,7 @@ if os.environ.get("METAL_CORE_ROWS"):
 else:
     engines.CHUNK_BOUND = engines.BOUND  # seen: 3e-4, where the CPU's chunks differ by 2e-4 at most
     engines.SAME_BITS = False
+engines.STAND_IN = bool(path) and "METAL_CORE_ALL" not in os.environ
 core.cpu_variants = lambda: ["ref"]  # no product is the CPU's here: one variant stands for all
 
 Plain = core.Engine

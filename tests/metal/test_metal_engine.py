@@ -30,15 +30,16 @@ def core():
 
 
 ROWS = {"METAL_CORE_ROWS": "1"}
-# How a file is read and which policy evicts is not the device's: each once, all by -m slow.
-FEWER = [f"not {p}-{n}" for p in ("clock", "lfu") for n in (0, 1, 3, 8)] + ["not mlx"]
-FEWER += ["not lru-1", "not lru-8", *(f"not {n}-{p}" for p in ("clock", "lfu") for n in (0, 4))]
+# How a file is read, which policy evicts and what is guessed is the store's: some of each, all by -m slow.
+SOME = "packed- or lru-0 or lru-3 or lfu--1 or 0-lru or 4-lru or counters or refused or reread or twice[2] or trace"
+# What a device computes does not hang on `numeric` either.
+FAULTS = "not -fast"
 RUNS = {  # name: (environment, what pytest is given); the longest first
-    "experts": (ROWS, ["test_experts.py", "-k", " and ".join(FEWER)]),
+    "experts": (ROWS, ["test_experts.py", "-k", SOME]),
     "session": (ROWS, ["test_session.py"]),
     "chunks": (ROWS, ["test_arch.py", "-k", "chunks or max_rows"]),
     "arch": ({}, ["test_arch.py"]),
-    "faults": (ROWS, ["test_faults.py", "test_faults_random.py"]),
+    "faults": (ROWS, ["test_faults.py", "test_faults_random.py", "-k", FAULTS]),
 }
 
 
@@ -72,8 +73,9 @@ def test_the_cores_own_tests(runs, name):
 
 
 @pytest.mark.slow
-def test_every_way_to_read():
-    out = run(ROWS, ["test_experts.py"])
+def test_every_way_to_read_and_more_faults():
+    env = {**ROWS, "METAL_CORE_ALL": "1"}
+    out = run(env, ["test_experts.py", "test_faults_random.py"])
     assert out.returncode == 0, out.stdout[-6000:] + out.stderr[-2000:]
 
 
