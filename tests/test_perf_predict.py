@@ -138,7 +138,10 @@ def test_measured_runs_stay_below_the_ceiling_and_near_the_prediction(root):
         pytest.skip("no results with direct reads (flashmoe bench --json >> bench/results/x.jsonl)")
     for r in lines:
         missed = (1 - r["hit_rate"]) * r["routed_bytes_per_token"]
-        assert r["bytes_read_per_token"] == pytest.approx(missed, rel=0.02)
+        # wrong guesses come on top; older lines do not tell over how many runs they were counted
+        tokens = r.get("decode_tokens", r["gen_tokens"] - 1)
+        wasted = r["guess_wasted_bytes"] / tokens
+        assert 0.98 * missed <= r["bytes_read_per_token"] <= 1.02 * missed + wasted
         assert (
             r["decode_tokens_per_second"]["median"]
             <= 1.15 * (r["device_ceiling_tokens_per_second"])

@@ -250,6 +250,7 @@ def _summary(runs: Sequence[Measured], roof: Mapping[str, Any] | None) -> dict[s
         "first_token_seconds": spread([m.first_token_seconds for m in runs]),
         "token_seconds_p50": every[len(every) // 2],
         "token_seconds_p99": every[int(0.99 * len(every))],
+        "decode_tokens": n_tokens,
         "bytes_read_per_token": total["bytes_read"] / max(n_tokens, 1),
         "hit_rate": total["hits"] / asked if asked else None,
         "device_gb_per_s": total["bytes_read"] / max(seconds, 1e-9) * 1e-9,
