@@ -391,7 +391,8 @@ static void attend_part_task(void *p, int64_t task, int worker)
     const attend_ctx *c = p;
     const fm_attn_args *a = &c->a->a;
     const fm_span *s = &c->a->spans[c->span];
-    const int64_t g = task % a->n_kv_heads, part = task / a->n_kv_heads;
+    const int64_t parts = (s->pos0 + s->n + FM_ATTN_PART - 1) / FM_ATTN_PART;
+    const int64_t g = task / parts, part = task % parts; /* a part reads ahead into the next of its head */
     const fm_kv_head kv = kv_head_at(c->a, c->span, g);
     c->k->attend_part(a, s->row0, s->row0 + s->n, g, &kv, s->pos0 - s->row0, part,
                       c->floats + part * c->n_floats + g * (c->n_floats / a->n_kv_heads));

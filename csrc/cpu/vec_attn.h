@@ -18,6 +18,8 @@ enum {
     ATTN_PV = 2,
     ATTN_VB = FM_VEC_ISA == FM_VEC_AVX2 ? 2 : 4, /* queries, and vectors, per block of values */
     ATTN_FEW = 8,     /* queries up to which V is used where it lies */
+    ATTN_FEW_VB = FM_VEC_ISA == FM_VEC_AVX2 ? 4 : 8, /* queries per block then, of ATTN_FEW_NV vectors */
+    ATTN_FEW_NV = 2,
 };
 
 typedef struct attn_query {
@@ -44,9 +46,24 @@ FM_INLINE vf attn_get_part(const void *p, int64_t i, int64_t n, fm_quant plain)
     return plain == FM_QUANT_F16 ? vf_from_f16(&h) : vf_from_bf16(&h);
 }
 
+/* Where the next tile of K and V lies. It is read ahead in two strips, a little at a time all through the work on the
+ * present one: memory is then always busy, and never waited for. */
+typedef struct attn_next {
+    const uint8_t *k, *v;
+} attn_next;
+
+/* `bytes` of each strip from byte `at` on. */
+FM_INLINE void attn_fetch(const attn_next *next, int64_t at, int64_t bytes)
+{
+    for (int64_t b = 0; b < bytes; b += 64) {
+        __builtin_prefetch(next->k + at + b, 0, 2);
+        __builtin_prefetch(next->v + at + b, 0, 2);
+    }
+}
+
 /* kt[d][lane] = K[t + lane][d0 + d], ATTN_PV * VL lanes; lanes past the end repeat the last position. */
 FM_INLINE void attn_transpose(const void *K, int64_t hd, int64_t t, int64_t n_pos, int64_t d0, int64_t nd, float *kt,
-                              fm_quant plain)
+                              const attn_next *next, int64_t at, int64_t bytes, fm_quant plain)
 {
     for (int v = 0; v < ATTN_PV; v++)
         for (int64_t d = 0; d < nd; d += VL) {
@@ -58,6 +75,8 @@ FM_INLINE void attn_transpose(const void *K, int64_t hd, int64_t t, int64_t n_po
                 r[i] = (vu)(part == VL ? attn_get(K, row * hd + d0 + d, plain)
                                        : attn_get_part(K, row * hd + d0 + d, part, plain));
             }
+            attn_fetch(next, at, bytes);
+            at += bytes;
             v_transpose(r);
 #pragma GCC unroll 16
             for (int i = 0; i < VL; i++)
@@ -65,17 +84,9 @@ FM_INLINE void attn_transpose(const void *K, int64_t hd, int64_t t, int64_t n_po
         }
 }
 
-/* Starts reading what comes next. A little at a time between the sums: in one go it would fill the line buffers and
- * wait. */
-FM_INLINE void attn_fetch(const uint8_t *p, int64_t bytes)
-{
-    for (int64_t b = 0; b < bytes; b += 64)
-        __builtin_prefetch(p + b, 0, 2);
-}
-
-/* s[i] += sum_d q[i][d] * kt[d] over nd dims; Q is a constant. Fetches `bytes` per dim from next on. */
+/* s[i] += sum_d q[i][d] * kt[d] over nd dims; Q is a constant. */
 FM_INLINE void attn_dot(const attn_query *q, const float *kt, int64_t d0, int64_t nd, float *s, int Q,
-                        const uint8_t *next, int64_t bytes)
+                        const attn_next *next, int64_t at, int64_t bytes)
 {
     vf acc[ATTN_QB][ATTN_PV];
     const float *x[ATTN_QB];
@@ -91,7 +102,7 @@ FM_INLINE void attn_dot(const attn_query *q, const float *kt, int64_t d0, int64_
 #pragma GCC unroll 2
         for (int v = 0; v < ATTN_PV; v++)
             k[v] = vf_load(kt + (d * ATTN_PV + v) * VL);
-        attn_fetch(next + d * bytes, bytes);
+        attn_fetch(next, at + d * bytes, bytes);
 #pragma GCC unroll 8
         for (int i = 0; i < Q; i++) {
             const vf one = vf_set(x[i][d]);
@@ -109,25 +120,28 @@ FM_INLINE void attn_dot(const attn_query *q, const float *kt, int64_t d0, int64_
 
 /* Scores of one tile (before scale): s[query][position in tile]. */
 FM_INLINE void attn_scores(const attn_query *q, int64_t nq, const fm_kv_head *kv, int64_t hd, int64_t t0, int64_t n_pos,
-                           float (*s)[ATTN_TILE], fm_quant plain)
+                           float (*s)[ATTN_TILE], const attn_next *next, fm_quant plain)
 {
     _Alignas(64) float kt[ATTN_DIMS * ATTN_PV * VL];
     const int64_t step = ATTN_PV * VL, size = plain == FM_QUANT_F32 ? 4 : 2;
+    const int64_t by_block = VL * VL * size / 4, by_dim = step * size / 2; /* a quarter and a half of the tile */
+    int64_t at = 0;
     memset(s, 0, (size_t)nq * sizeof *s);
     for (int64_t t = t0; t < t0 + ATTN_TILE && t < n_pos; t += step)
         for (int64_t d = 0; d < hd; d += ATTN_DIMS) {
             const int64_t nd = hd - d < ATTN_DIMS ? hd - d : ATTN_DIMS;
-            const uint8_t *next = (const uint8_t *)kv->k + ((t + step) * hd + d * step) * size;
             int64_t i = 0;
-            attn_transpose(kv->k, hd, t, n_pos, d, nd, kt, plain);
+            attn_transpose(kv->k, hd, t, n_pos, d, nd, kt, next, at, by_block, plain);
+            at += nd / VL * ATTN_PV * by_block;
             if (nq >= ATTN_QB)
-                attn_dot(q, kt, d, nd, s[0] + t - t0, ATTN_QB, next, step * size), i = ATTN_QB;
+                attn_dot(q, kt, d, nd, s[0] + t - t0, ATTN_QB, next, at, by_dim), i = ATTN_QB;
             for (; i + ATTN_QB <= nq; i += ATTN_QB)
-                attn_dot(q + i, kt, d, nd, s[i] + t - t0, ATTN_QB, next, 0);
+                attn_dot(q + i, kt, d, nd, s[i] + t - t0, ATTN_QB, next, at, 0);
             for (; i + 2 <= nq; i += 2)
-                attn_dot(q + i, kt, d, nd, s[i] + t - t0, 2, next, i == 0 ? step * size : 0);
+                attn_dot(q + i, kt, d, nd, s[i] + t - t0, 2, next, at, i == 0 ? by_dim : 0);
             for (; i < nq; i++)
-                attn_dot(q + i, kt, d, nd, s[i] + t - t0, 1, next, i == 0 ? step * size : 0);
+                attn_dot(q + i, kt, d, nd, s[i] + t - t0, 1, next, at, i == 0 ? by_dim : 0);
+            at += nd * by_dim;
         }
 }
 
@@ -173,26 +187,26 @@ FM_INLINE void attn_softmax(attn_query *q, float *s, int64_t have, float scale, 
 }
 
 /* part[i] += sum_t p[i][t] * V[t] over the tile's first n positions; dims d .. d + NV*VL, which begin at element `at` of
- * V's first row, rows ld apart. Q, NV, plain are constants; part < VL only with NV = 1. fetch: the next tile as well. */
+ * V's first row, rows ld apart. Q, NV, plain are constants; part < VL only with NV = 1. Fetches `bytes` per position
+ * from next on. */
 FM_INLINE void attn_values(const attn_query *q, const float (*p)[ATTN_TILE], const void *V, int64_t at, int64_t ld,
-                           int64_t d, int64_t n, int Q, int NV, int64_t part, fm_quant plain, bool fetch)
+                           int64_t d, int64_t n, int Q, int NV, int64_t part, fm_quant plain,
+                           const attn_next *next, int64_t from, int64_t bytes)
 {
-    vf acc[ATTN_VB][4];
+    vf acc[8][4];
     const float *w = p[0];
-    const int64_t size = plain == FM_QUANT_F32 ? 4 : 2;
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < Q; i++)
 #pragma GCC unroll 4
         for (int x = 0; x < NV; x++)
             acc[i][x] = part == VL ? vf_load(q[i].part + d + x * VL) : vf_load_part(q[i].part + d, part);
     for (int64_t t = 0; t < n; t++, w++) {
         vf v[4];
-        if (fetch)
-            attn_fetch((const uint8_t *)V + (at + (t + ATTN_TILE) * ld) * size, NV * VL * size);
+        attn_fetch(next, from + t * bytes, bytes);
 #pragma GCC unroll 4
         for (int x = 0; x < NV; x++)
             v[x] = part == VL ? attn_get(V, at + t * ld + x * VL, plain) : attn_get_part(V, at + t * ld, part, plain);
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int i = 0; i < Q; i++) {
             const vf one = vf_set(w[i * ATTN_TILE]);
 #pragma GCC unroll 4
@@ -200,7 +214,7 @@ FM_INLINE void attn_values(const attn_query *q, const float (*p)[ATTN_TILE], con
                 acc[i][x] = vf_fma(one, v[x], acc[i][x]);
         }
     }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int i = 0; i < Q; i++)
 #pragma GCC unroll 4
         for (int x = 0; x < NV; x++) {
@@ -216,17 +230,18 @@ FM_INLINE int64_t attn_have(const attn_query *q, int64_t t0)
     return q->n_pos - t0 < 0 ? 0 : q->n_pos - t0 < ATTN_TILE ? q->n_pos - t0 : ATTN_TILE;
 }
 
-/* A column block of V for all queries. */
+/* A column block of V for all queries, up to QB at a time (a constant, as NV); the first block of queries fetches. */
 FM_INLINE void attn_columns(const attn_query *q, int64_t nq, const float (*p)[ATTN_TILE], const void *V, int64_t at,
-                            int64_t ld, int64_t d, int64_t t0, int NV, int64_t part, fm_quant plain, bool fetch)
+                            int64_t ld, int64_t d, int64_t t0, int QB, int NV, int64_t part, fm_quant plain,
+                            const attn_next *next, int64_t from, int64_t bytes)
 {
-    for (int64_t i = 0; i < nq;) {
+    for (int64_t i = 0; i < nq; bytes = 0) {
         const int64_t have = attn_have(&q[i], t0);
-        if (i + ATTN_VB <= nq && attn_have(&q[i + ATTN_VB - 1], t0) == have) {
-            attn_values(q + i, p + i, V, at, ld, d, have, ATTN_VB, NV, part, plain, fetch && i == 0);
-            i += ATTN_VB;
+        if (i + QB <= nq && attn_have(&q[i + QB - 1], t0) == have) {
+            attn_values(q + i, p + i, V, at, ld, d, have, QB, NV, part, plain, next, from, bytes);
+            i += QB;
         } else {
-            attn_values(q + i, p + i, V, at, ld, d, have, 1, NV, part, plain, fetch && i == 0);
+            attn_values(q + i, p + i, V, at, ld, d, have, 1, NV, part, plain, next, from, bytes);
             i++;
         }
     }
@@ -235,28 +250,29 @@ FM_INLINE void attn_columns(const attn_query *q, int64_t nq, const float (*p)[AT
 /* Adds the tile's values. For many queries a column block is decoded once, and lies together in L1: in place its rows
  * would fall into few cache sets. */
 FM_INLINE void attn_tile_values(const attn_query *q, int64_t nq, const float (*p)[ATTN_TILE], const fm_kv_head *kv,
-                                int64_t hd, int64_t t0, fm_quant plain)
+                                int64_t hd, int64_t t0, const attn_next *next, fm_quant plain)
 {
     _Alignas(64) float v[ATTN_TILE * ATTN_VB * VL];
-    const int64_t n = attn_have(&q[nq - 1], t0), width = ATTN_VB * VL, size = plain == FM_QUANT_F32 ? 4 : 2;
+    const int64_t n = attn_have(&q[nq - 1], t0), width = ATTN_VB * VL, few = ATTN_FEW_NV * VL;
+    const int64_t size = plain == FM_QUANT_F32 ? 4 : 2;
+    const int64_t rest = ATTN_TILE * hd * size * 3 / 4; /* a quarter; what came before was fetched with the scores */
     int64_t d = 0;
+    for (; nq <= ATTN_FEW && d + few <= hd; d += few)
+        attn_columns(q, nq, p, kv->v, t0 * hd + d, hd, d, t0, ATTN_FEW_VB, ATTN_FEW_NV, VL, plain,
+                     next, rest + d * ATTN_TILE * size / 4, few * size / 4);
     for (; d + width <= hd; d += width) {
-        if (nq <= ATTN_FEW) {
-            attn_columns(q, nq, p, kv->v, t0 * hd + d, hd, d, t0, ATTN_VB, VL, plain, true);
-            continue;
-        }
         for (int64_t t = 0; t < n; t++) {
-            attn_fetch((const uint8_t *)kv->v + ((t0 + t + ATTN_TILE) * hd + d) * size, width * size);
+            attn_fetch(next, rest + (d * ATTN_TILE + t * width) * size / 4, width * size / 4);
 #pragma GCC unroll 4
             for (int x = 0; x < ATTN_VB; x++)
                 vf_store(v + t * width + x * VL, attn_get(kv->v, (t0 + t) * hd + d + x * VL, plain));
         }
-        attn_columns(q, nq, p, v, 0, width, d, t0, ATTN_VB, VL, FM_QUANT_F32, false);
+        attn_columns(q, nq, p, v, 0, width, d, t0, ATTN_VB, ATTN_VB, VL, FM_QUANT_F32, next, 0, 0);
     }
     for (; d + VL <= hd; d += VL)
-        attn_columns(q, nq, p, kv->v, t0 * hd + d, hd, d, t0, 1, VL, plain, false);
+        attn_columns(q, nq, p, kv->v, t0 * hd + d, hd, d, t0, ATTN_VB, 1, VL, plain, next, 0, 0);
     if (d < hd)
-        attn_columns(q, nq, p, kv->v, t0 * hd + d, hd, d, t0, 1, hd - d, plain, false);
+        attn_columns(q, nq, p, kv->v, t0 * hd + d, hd, d, t0, ATTN_VB, 1, hd - d, plain, next, 0, 0);
 }
 
 /* nq <= ATTN_MAX queries by rising n_pos over positions t0 .. t0 + FM_ATTN_PART: one pass over K and V. */
@@ -275,10 +291,12 @@ FM_INLINE void attn_part(attn_query *q, int64_t nq, const fm_kv_head *kv, int64_
             first++;
         attn_query *live = q + first;
         const int64_t n = nq - first;
-        attn_scores(live, n, kv, hd, t0, end, s, plain);
+        const int64_t skip = (t0 + (t0 + ATTN_TILE < all ? ATTN_TILE : 0)) * hd * (plain == FM_QUANT_F32 ? 4 : 2);
+        const attn_next next = {(const uint8_t *)kv->k + skip, (const uint8_t *)kv->v + skip};
+        attn_scores(live, n, kv, hd, t0, end, s, &next, plain);
         for (int64_t i = 0; i < n; i++)
             attn_softmax(&live[i], s[i], attn_have(&live[i], t0), scale, hd);
-        attn_tile_values(live, n, (const float (*)[ATTN_TILE])s, kv, hd, t0, plain);
+        attn_tile_values(live, n, (const float (*)[ATTN_TILE])s, kv, hd, t0, &next, plain);
     }
     const int64_t at = fm_attn_part_floats(hd) - 16;
     for (int64_t i = 0; i < nq; i++) {
