@@ -79,7 +79,9 @@ struct mv_rows {
 
 inline void find_rows(device const fm_metal_item &it, constant fm_mat_args &a, uint first,
                       thread mv_rows &o) {
-    const ulong row = min(first, it.n_out - 1), c = row * a.codes_stride, s = row * a.scales_stride;
+    // no address is made from the null pointers of an entry without a job
+    const ulong row = it.codes == nullptr ? 0 : min(first, it.n_out - 1);
+    const ulong c = row * a.codes_stride, s = row * a.scales_stride;
     o.codes[0] = row_of(it.codes, c), o.codes[1] = FC_GATED ? row_of(it.up_codes, c) : o.codes[0];
     o.scales[0] = it.scales + s, o.scales[1] = FC_GATED ? it.up_scales + s : o.scales[0];
     o.biases[0] = it.biases + s, o.biases[1] = FC_GATED ? it.up_biases + s : o.biases[0];

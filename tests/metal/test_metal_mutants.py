@@ -168,7 +168,7 @@ PIPELINE_MUTANTS = {
     "posted before its jobs": ("    FM_TRY(m->be->v->set_jobs(m->be, &p->later[stage], m->wave->jobs, n));\n    post(m, p->at[layer].hold[stage]);", "    post(m, p->at[layer].hold[stage]);\n    FM_TRY(m->be->v->set_jobs(m->be, &p->later[stage], m->wave->jobs, n));", BITS, EAGER),
     "posted before the lists": ("    fm_wave_parts(m, w, b->n_rows, &p->parts);\n    return start_stage(m, layer, p->n_stages - 1);", "    FM_TRY(start_stage(m, layer, p->n_stages - 1));\n    fm_wave_parts(m, w, b->n_rows, &p->parts);\n    return FM_OK;", BITS, EAGER),
     "both stages posted at once": ("post(m, p->at[layer].hold[stage]);", "post(m, p->at[layer].hold[1]);", BITS, EAGER),
-    "one table": ("            .table = p->table[i],", "            .table = p->table[0],", BITS, EAGER),
+    "one table": ("            .table = p->table[i],", "            .table = p->table[0],", BITS, LATE),
     "rest not waited for": ("    while (n_left > 0)\n", "    if (n_left > 0)\n", BITS, EAGER),
     "lists of the plain form": ("m->c.hidden_size, s->exp_out, p->parts.start, p->parts.index,\n                               p->parts.weight, n};", "m->c.hidden_size, s->exp_out, s->comb_start, s->comb_index,\n                               s->comb_weight, n};", BITS, EAGER),
     "held experts forgotten": ("    p->held = layer;", "    p->held = -1;", BITS, EAGER),
