@@ -11,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -96,19 +97,25 @@ def arm_tests():
     headers = [*csrc.glob("*/*.h"), *tests.glob("*.h")]
     newest = max(p.stat().st_mtime for p in headers)
     BUILD.mkdir(parents=True, exist_ok=True)
-    objects = []
     folders = [csrc / folder for folder in ("base", "quant", "cpu")]
-    for source in sorted(p for folder in folders for p in folder.glob("*.c")):
-        out = BUILD / f"{source.stem}.o"
+    objects: dict[Path, Path] = {}
+
+    def compile_one(source):
+        out = objects[source]
         if not out.exists() or out.stat().st_mtime < max(newest, source.stat().st_mtime):
             subprocess.run([ARM_CC, *flags, "-c", source, "-o", out], check=True)
-        objects.append(out)
+
+    cases = sorted(tests.glob("test_kernels*.c"))
+    for source in [*sorted(p for folder in folders for p in folder.glob("*.c")), *cases]:
+        objects[source] = BUILD / f"{source.stem}.o"
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(compile_one, sorted(objects, key=lambda p: -p.stat().st_size)))
+    core = [out for source, out in objects.items() if source not in cases]
     programs = {}
-    for source in sorted(tests.glob("test_kernels*.c")):
-        out = BUILD / source.stem
-        command = [ARM_CC, *flags, "-static", source, *objects, "-lpthread", "-lm", "-o", out]
+    for source in cases:
+        out = programs[source.stem] = BUILD / source.stem
+        command = [ARM_CC, "-static", objects[source], *core, "-lpthread", "-lm", "-o", out]
         subprocess.run(command, check=True)
-        programs[source.stem] = out
     return programs
 
 
