@@ -311,7 +311,7 @@ static void run_sequence(rig *r)
 static void usage(void)
 {
     fprintf(stderr, "bench_kernels [--variant NAME] [--numeric exact|fast] [--threads N] [--runs N] [--mbytes N] "
-                    "[--only matvec|matmul|sequence]\n");
+                    "[--only peaks|matvec|matmul|sequence]\n");
     exit(2);
 }
 
@@ -363,12 +363,17 @@ int main(int argc, char **argv)
     r.peak_fma = roof_fma(r.pool);
     r.peak_int8 = roof_int8(r.pool);
     r.peak_tiles = roof_tiles(r.pool);
+    memset(r.weights, 1, (size_t)s.bytes); /* pages that were never written are one page */
+    bench_series read = {.n = 0};
+    for (int i = 0; i < s.runs; i++)
+        bench_add(&read, (double)s.bytes / roof_read_seconds(r.pool, r.weights, s.bytes) / 1e9);
     bench_json_begin("kernels");
     bench_json_text("op", "peaks");
     bench_json_int("threads", s.threads);
     bench_json_real("fma_gflops", r.peak_fma);
     bench_json_real("int8_gops", r.peak_int8);
     bench_json_real("tiles_gops", r.peak_tiles);
+    bench_json_series("read_gbps", &read);
     bench_json_end();
     static const int64_t many[] = {16, 64, 512};
     for (int f = 0; f < FM_COUNT(formats); f++)
