@@ -60,6 +60,11 @@ fm_status fm_state_bytes(const fm_config *c, int64_t capacity, fm_quant kv, size
     return FM_OK;
 }
 
+static float *set_base(const fm_state *s, int set)
+{
+    return (float *)(void *)(s->region + s->sets_off) + set * s->set_floats;
+}
+
 fm_status fm_state_open(const fm_config *c, fm_backend *be, int64_t capacity, fm_quant kv, fm_state **out)
 {
     *out = NULL;
@@ -91,6 +96,8 @@ fm_status fm_state_open(const fm_config *c, fm_backend *be, int64_t capacity, fm
     int32_t full = 0, linear = 0;
     for (int64_t l = 0; l < c->num_hidden_layers; l++)
         s->index[l] = c->mixers[l] == FM_MIXER_FULL ? full++ : linear++;
+    /* The first two forwards write all of both sets; positions not used yet shall cost no memory. */
+    fm_region_fill(set_base(s, 0), (size_t)s->set_floats * 2 * sizeof(float));
     *out = s;
     return FM_OK;
 }
@@ -106,11 +113,6 @@ void fm_state_close(fm_state *s)
 int64_t fm_state_pos(const fm_state *s) { return s->pos; }
 
 int64_t fm_state_capacity(const fm_state *s) { return s->capacity; }
-
-static float *set_base(const fm_state *s, int set)
-{
-    return (float *)(void *)(s->region + s->sets_off) + set * s->set_floats;
-}
 
 fm_kv fm_state_kv(const fm_state *s, int32_t layer)
 {

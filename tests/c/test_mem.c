@@ -1,4 +1,6 @@
 /* Sizes that do not fit are errors; arenas measure first and hand out later. */
+#include <sys/mman.h>
+
 #include "harness.h"
 
 #include "base/env.h"
@@ -65,6 +67,28 @@ static void regions(void)
     fm_region_free(NULL, 10);
 }
 
+static bool resident(uint8_t *page)
+{
+    unsigned char there[1];
+    return mincore((void *)page, 1, (void *)there) == 0 && (there[0] & 1) != 0;
+}
+
+static void filled_regions(void)
+{
+    const size_t page = (size_t)fm_page_bytes(), bytes = (size_t)6 << 20;
+    void *v = NULL;
+    REQUIRE(fm_region_alloc(bytes, false, &v) == FM_OK);
+    uint8_t *const p = v;
+    p[3 * page] = 7;
+    fm_region_fill(p + page + 1, page - 2); /* no whole page */
+    CHECK(!resident(p + page) && !resident(p + 2 * page));
+    fm_region_fill(p + page + 1, bytes - 2 * page);
+    CHECK(!resident(p + page) && !resident(p + bytes - page));
+    for (size_t i = 2 * page; i < bytes - page; i += page)
+        CHECK(resident(p + i) && p[i] == (i == 3 * page ? 7 : 0));
+    fm_region_free(p, bytes);
+}
+
 static void arenas(void)
 {
     fm_arena count = {0}, a;
@@ -120,6 +144,7 @@ int main(void)
     RUN(checked_sizes);
     RUN(small_objects);
     RUN(regions);
+    RUN(filled_regions);
     RUN(arenas);
     RUN(surroundings);
     TEST_EXIT();
