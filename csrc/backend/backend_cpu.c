@@ -158,27 +158,29 @@ static fm_status cpu_add_gated(fm_backend *b, const float *x, const float *gate,
     return FM_OK;
 }
 
-/* Exponent bits all ones <=> NaN or infinity. */
+/* Exponent bits all ones <=> NaN or infinity; one more then carries into the sign bit. (Comparing vectors is left to
+ * scalar code by gcc where these are wider than the processor's.) */
 static bool has_nonfinite(const float *x, int64_t n)
 {
-    typedef uint32_t v8 __attribute__((vector_size(32)));
-    const uint32_t ones = 0x7f800000u;
-    v8 bad = {0};
+    typedef uint32_t v4 __attribute__((vector_size(16)));
+    const uint32_t ones = 0x7f800000u, one = 0x00800000u;
+    v4 bad[4] = {{0}};
     int64_t i = 0;
-    for (; i + 8 <= n; i += 8) {
-        v8 v;
-        memcpy(&v, x + i, sizeof v);
-        bad |= (v8)((v & ones) == ones);
-    }
+    for (; i + 16 <= n; i += 16)
+        for (int j = 0; j < 4; j++) {
+            v4 v;
+            memcpy(&v, x + i + 4 * j, sizeof v);
+            bad[j] |= (v & ones) + one;
+        }
     uint32_t any = 0;
-    for (int j = 0; j < 8; j++)
-        any |= bad[j];
+    for (int j = 0; j < 16; j++)
+        any |= bad[j / 4][j % 4];
     for (; i < n; i++) {
         uint32_t bits;
         memcpy(&bits, x + i, sizeof bits);
-        any |= (bits & ones) == ones;
+        any |= (bits & ones) + one;
     }
-    return any != 0;
+    return any >> 31 != 0;
 }
 
 typedef struct finite_ctx {
