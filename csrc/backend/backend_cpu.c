@@ -17,7 +17,10 @@ typedef struct cpu_backend {
     size_t temp_bytes;
 } cpu_backend;
 
-enum { TASK_BYTES = 320 << 10 }; /* weights per task: coarse enough to hand out, fine enough to share */
+enum {
+    TASK_BYTES = 320 << 10, /* of rows per task: coarse enough to hand out, fine enough to share */
+    WALK_BYTES = 640 << 10, /* of weights that a thread walks at a time: each start costs it some microseconds */
+};
 
 static fm_status reserve(void **p, size_t *have, size_t want)
 {
@@ -240,18 +243,31 @@ static fm_status prepare(cpu_backend *c, fm_act *act, int64_t n)
 
 static int64_t mat_row_bytes(const fm_mat *W) { return W->codes_stride + 2 * W->scales_stride; }
 
-enum { MANY_ROWS = 8 }; /* from here on a task's cost is arithmetic, and its set-up is per row of x */
+enum {
+    MANY_ROWS = 8, /* from here on a task's cost is arithmetic, and its set-up is per row of x */
+    TILE_ROWS = 32, /* of W: what kernels work on at once */
+};
 
-/* Weight rows per task, of n_mats like W: by bytes (all that is fair when x has many rows), whole kernel tiles, and
- * never so few tasks that threads idle. */
-static int64_t mat_block(const fm_mat *W, int64_t n_mats, int64_t n, int n_threads)
+/* How the rows of matrices are handed out: tasks of `rows`, up to `most` in a row. */
+typedef struct row_tasks {
+    int64_t rows, most;
+} row_tasks;
+
+/* Whole kernel tiles; of n_mats like W, whose rows each read row_bytes. Few rows of x: by bytes. Many: big tasks, but
+ * never so few that threads idle. */
+static row_tasks share_rows(const fm_mat *W, int64_t row_bytes, int64_t n_mats, int64_t n, int n_threads)
 {
-    int64_t rows = n < MANY_ROWS ? rows_per_task(mat_row_bytes(W)) : W->n_rows;
+    if (n < MANY_ROWS) {
+        const int64_t most = WALK_BYTES / (row_bytes * TILE_ROWS);
+        const row_tasks few = {TILE_ROWS, most < 1 ? 1 : most};
+        return few;
+    }
     const int64_t fair = (n_mats * W->n_rows + 4 * n_threads - 1) / (4 * n_threads);
-    rows = rows < fair ? rows : fair;
-    rows = rows < 32 ? 32 : rows;
+    int64_t rows = W->n_rows < fair ? W->n_rows : fair;
+    rows = rows < TILE_ROWS ? TILE_ROWS : rows;
     const int64_t n_tasks = (W->n_rows + rows - 1) / rows; /* of equal size */
-    return ((W->n_rows + n_tasks - 1) / n_tasks + 31) / 32 * 32;
+    const row_tasks many = {((W->n_rows + n_tasks - 1) / n_tasks + TILE_ROWS - 1) / TILE_ROWS * TILE_ROWS, 1};
+    return many;
 }
 
 typedef struct matmul_ctx {
@@ -265,16 +281,8 @@ typedef struct matmul_ctx {
     float *temp; /* [n, widest adding item] for y += */
 } matmul_ctx;
 
-static void matmul_task(void *p, int64_t task, int worker)
+static void matmul_rows(const matmul_ctx *a, const fm_matmul_item *it, int64_t r0, int64_t r1)
 {
-    (void)worker;
-    const matmul_ctx *a = p;
-    int i = 0;
-    while (task >= a->first_task[i + 1])
-        i++;
-    const fm_matmul_item *it = &a->items[i];
-    const int64_t r0 = (task - a->first_task[i]) * a->block[i];
-    const int64_t r1 = r0 + a->block[i] < it->W->n_rows ? r0 + a->block[i] : it->W->n_rows;
     float *y = it->add ? a->temp : it->y;
     const int64_t ldy = it->add ? it->W->n_rows : it->ldy;
     const fm_kernels *k = it->exact ? a->exact : a->k;
@@ -284,6 +292,20 @@ static void matmul_task(void *p, int64_t task, int worker)
             const float v = y[t * ldy + r] + (it->bias ? it->bias[r] : 0);
             it->y[t * it->ldy + r] = it->add ? it->y[t * it->ldy + r] + v : v;
         }
+}
+
+static void matmul_tasks(void *p, int64_t begin, int64_t end, int worker)
+{
+    (void)worker;
+    const matmul_ctx *a = p;
+    for (int i = 0; i < a->n_items && begin < end; i++) {
+        if (begin >= a->first_task[i + 1])
+            continue;
+        const int64_t stop = end < a->first_task[i + 1] ? end : a->first_task[i + 1], n_rows = a->items[i].W->n_rows;
+        const int64_t r1 = (stop - a->first_task[i]) * a->block[i];
+        matmul_rows(a, &a->items[i], (begin - a->first_task[i]) * a->block[i], r1 < n_rows ? r1 : n_rows);
+        begin = stop;
+    }
 }
 
 enum { MAX_ITEMS = 16 };
@@ -300,9 +322,11 @@ static fm_status cpu_matmul(fm_backend *b, const float *x, int64_t ldx, int64_t 
         all_exact &= items[i].exact;
     if (!all_exact)
         FM_TRY(prepare(c, &act, n));
-    int64_t first[MAX_ITEMS + 1] = {0}, block[MAX_ITEMS];
+    int64_t first[MAX_ITEMS + 1] = {0}, block[MAX_ITEMS], most = INT64_MAX;
     for (int i = 0; i < n_items; i++) {
-        block[i] = mat_block(items[i].W, 1, n, fm_pool_threads(c->pool));
+        const row_tasks r = share_rows(items[i].W, mat_row_bytes(items[i].W), 1, n, fm_pool_threads(c->pool));
+        block[i] = r.rows;
+        most = r.most < most ? r.most : most;
         first[i + 1] = first[i] + (items[i].W->n_rows + block[i] - 1) / block[i];
         if (items[i].add && n_items > 1)
             return fm_fail(FM_ERR_ARG, "matmul: an adding matrix must be alone in its call");
@@ -310,7 +334,7 @@ static fm_status cpu_matmul(fm_backend *b, const float *x, int64_t ldx, int64_t 
             FM_TRY(reserve((void **)&c->temp, &c->temp_bytes, (size_t)(n * items[i].W->n_rows) * sizeof(float)));
     }
     matmul_ctx a = {c->k, c->exact, &act, items, first, block, n_items, n, c->temp};
-    fm_parallel_for(c->pool, first[n_items], matmul_task, &a);
+    fm_parallel_ranges(c->pool, first[n_items], most, matmul_tasks, &a);
     return FM_OK;
 }
 
@@ -531,21 +555,16 @@ typedef struct experts_ctx {
     bool down;
 } experts_ctx;
 
-static void experts_task(void *p, int64_t task, int worker)
+static void experts_rows(const experts_ctx *c, const fm_expert_job *job, int64_t r0, int64_t r1)
 {
-    (void)worker;
-    const experts_ctx *c = p;
-    const fm_expert_job *job = &c->a->jobs[task / c->tasks_per_job];
-    const fm_mat *W = c->down ? &job->down : &job->gate;
-    const int64_t r0 = task % c->tasks_per_job * c->block, width = job->gate.n_rows;
-    const int64_t r1 = r0 + c->block < W->n_rows ? r0 + c->block : W->n_rows;
-    if (c->down) {
-        fm_act act = *c->act; /* hidden rows lie in job order: no gather */
+    fm_act act = *c->act;
+    if (c->down) { /* hidden rows lie in job order: no gather */
+        const fm_mat *W = &job->down;
         act.row0 = job->out0 - c->first_row;
         c->k->matmul[W->format](W, &act, job->n, c->a->out + job->out0 * W->n_rows, W->n_rows, r0, r1);
         return;
     }
-    fm_act act = *c->act;
+    const int64_t width = job->gate.n_rows;
     act.rows = job->rows;
     float *g = c->a->gate + job->out0 * width, *u = c->a->up + job->out0 * width;
     c->k->matmul[job->gate.format](&job->gate, &act, job->n, g, width, r0, r1);
@@ -554,15 +573,30 @@ static void experts_task(void *p, int64_t task, int worker)
         c->k->swiglu(g + i * width + r0, u + i * width + r0, g + i * width + r0, r1 - r0);
 }
 
+static void experts_tasks(void *p, int64_t begin, int64_t end, int worker)
+{
+    (void)worker;
+    const experts_ctx *c = p;
+    while (begin < end) {
+        const fm_expert_job *job = &c->a->jobs[begin / c->tasks_per_job];
+        const int64_t at = begin % c->tasks_per_job, left = c->tasks_per_job - at;
+        const int64_t n = end - begin < left ? end - begin : left;
+        const int64_t r1 = (at + n) * c->block, n_rows = c->down ? job->down.n_rows : job->gate.n_rows;
+        experts_rows(c, job, at * c->block, r1 < n_rows ? r1 : n_rows);
+        begin += n;
+    }
+}
+
 static void experts_phase(cpu_backend *c, const fm_expert_args *a, const fm_act *act, int64_t first_row, bool down)
 {
     const fm_mat *W = down ? &a->jobs[0].down : &a->jobs[0].gate;
     const int n_threads = fm_pool_threads(c->pool);
+    const int64_t row_bytes = mat_row_bytes(W) * (down ? 1 : 2); /* gate and up */
     /* Many experts at work: one task each. */
-    const int64_t block = a->n_jobs >= 16 * n_threads ? W->n_rows : mat_block(W, a->n_jobs, 1, n_threads);
-    experts_ctx x = {c->k, a, act, block, 0, first_row, down};
-    x.tasks_per_job = (W->n_rows + x.block - 1) / x.block;
-    fm_parallel_for(c->pool, a->n_jobs * x.tasks_per_job, experts_task, &x);
+    const row_tasks one = {W->n_rows, 1};
+    const row_tasks r = a->n_jobs >= 16 * n_threads ? one : share_rows(W, row_bytes, a->n_jobs, a->n_x, n_threads);
+    experts_ctx x = {c->k, a, act, r.rows, (W->n_rows + r.rows - 1) / r.rows, first_row, down};
+    fm_parallel_ranges(c->pool, a->n_jobs * x.tasks_per_job, r.most, experts_tasks, &x);
 }
 
 static fm_status cpu_experts(fm_backend *b, const fm_expert_args *a)

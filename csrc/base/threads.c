@@ -37,8 +37,9 @@ typedef struct share {
 
 struct fm_pool {
     /* written by the caller before the gate opens, read by those who joined */
-    fm_task_fn *fn;
+    fm_range_fn *fn;
     void *ctx;
+    int64_t most;
     int n_threads;
     int64_t spin_ns;
     int fork_id;
@@ -73,13 +74,17 @@ static inline void cpu_relax(void)
 #endif
 }
 
-static bool take(share *s, bool from_front, int64_t *task)
+/* Half of what is left, at most `most`. */
+static bool take(share *s, bool from_front, int64_t most, int64_t *begin, int64_t *end)
 {
     uint64_t r = atomic_load_explicit(&s->range, memory_order_relaxed);
     while (r >> 32 < (r & UINT32_MAX)) {
-        const uint64_t rest = from_front ? r + (UINT64_C(1) << 32) : r - 1;
+        const int64_t first = (int64_t)(r >> 32), last = (int64_t)(r & UINT32_MAX), half = (last - first + 1) / 2;
+        const int64_t n = half < most ? half : most;
+        const uint64_t rest = from_front ? r + ((uint64_t)n << 32) : r - (uint64_t)n;
         if (atomic_compare_exchange_weak_explicit(&s->range, &r, rest, memory_order_relaxed, memory_order_relaxed)) {
-            *task = (int64_t)(from_front ? r >> 32 : rest & UINT32_MAX);
+            *begin = from_front ? first : last - n;
+            *end = *begin + n;
             return true;
         }
     }
@@ -89,12 +94,13 @@ static bool take(share *s, bool from_front, int64_t *task)
 /* First the own share, in order: neighbouring tasks read neighbouring memory. Then the ends of others'. */
 static void run_tasks(fm_pool *p, int index)
 {
-    fm_task_fn *const fn = p->fn;
+    fm_range_fn *const fn = p->fn;
     void *const ctx = p->ctx;
-    int64_t task;
+    const int64_t most = p->most;
+    int64_t begin, end;
     for (int i = 0; i < p->n_threads; i++)
-        while (take(&p->shares[(index + i) % p->n_threads], i == 0, &task))
-            fn(ctx, task, index);
+        while (take(&p->shares[(index + i) % p->n_threads], i == 0, most, &begin, &end))
+            fn(ctx, begin, end, index);
 }
 
 static void deal(fm_pool *p, int64_t n_tasks)
@@ -282,22 +288,43 @@ static void close_gate(fm_pool *p)
     pthread_mutex_unlock(&p->lock);
 }
 
-void fm_parallel_for(fm_pool *p, int64_t n_tasks, fm_task_fn *fn, void *ctx)
+void fm_parallel_ranges(fm_pool *p, int64_t n_tasks, int64_t most, fm_range_fn *fn, void *ctx)
 {
-    if (n_tasks <= 1 || p->n_threads == 1 || p->fork_id != atomic_load(&fork_id)) {
-        for (int64_t i = 0; i < n_tasks; i++)
-            fn(ctx, i, 0);
+    if (n_tasks <= 0)
+        return;
+    if (n_tasks == 1 || p->n_threads == 1 || p->fork_id != atomic_load(&fork_id)) {
+        for (int64_t i = 0; i < n_tasks; i += most)
+            fn(ctx, i, n_tasks - i < most ? n_tasks : i + most, 0);
         return;
     }
     assert(n_tasks <= UINT32_MAX);
     const bool was_busy = atomic_exchange(&p->busy, true);
-    assert(!was_busy && "one fm_parallel_for at a time per pool");
+    assert(!was_busy && "one parallel loop at a time per pool");
     (void)was_busy;
     p->fn = fn;
     p->ctx = ctx;
+    p->most = most;
     deal(p, n_tasks);
     open_gate(p, n_tasks, (GATE_JOB(atomic_load(&p->gate)) + 1) & UINT32_MAX);
     run_tasks(p, 0);
     close_gate(p);
     atomic_store(&p->busy, false);
+}
+
+typedef struct one_by_one {
+    fm_task_fn *fn;
+    void *ctx;
+} one_by_one;
+
+static void run_one(void *ctx, int64_t begin, int64_t end, int worker)
+{
+    const one_by_one *const o = ctx;
+    for (int64_t i = begin; i < end; i++)
+        o->fn(o->ctx, i, worker);
+}
+
+void fm_parallel_for(fm_pool *p, int64_t n_tasks, fm_task_fn *fn, void *ctx)
+{
+    one_by_one o = {fn, ctx};
+    fm_parallel_ranges(p, n_tasks, 1, run_one, &o);
 }

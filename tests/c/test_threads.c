@@ -12,9 +12,9 @@ enum { MAX_TASKS = 1000 };
 
 typedef struct job {
     fm_pool *pool;
-    int64_t n_tasks;
+    int64_t n_tasks, most;
     int hits[MAX_TASKS]; /* plain: a task run twice at once is a race that TSan sees */
-    atomic_int n_bad_workers;
+    atomic_int n_bad_workers, n_bad_ranges;
 } job;
 
 static void count_task(void *ctx, int64_t task, int worker)
@@ -25,14 +25,30 @@ static void count_task(void *ctx, int64_t task, int worker)
         atomic_fetch_add(&j->n_bad_workers, 1);
 }
 
-static void run_job(fm_pool *pool, int64_t n_tasks)
+static void count_range(void *ctx, int64_t begin, int64_t end, int worker)
 {
-    job j = {.pool = pool, .n_tasks = n_tasks};
-    fm_parallel_for(pool, n_tasks, count_task, &j);
+    job *const j = ctx;
+    if (begin < 0 || begin >= end || end > j->n_tasks || end - begin > j->most)
+        atomic_fetch_add(&j->n_bad_ranges, 1);
+    for (int64_t i = begin; i < end; i++)
+        count_task(ctx, i, worker);
+}
+
+/* most = 0: one by one. */
+static void run_ranges(fm_pool *pool, int64_t n_tasks, int64_t most)
+{
+    job j = {.pool = pool, .n_tasks = n_tasks, .most = most};
+    if (most > 0)
+        fm_parallel_ranges(pool, n_tasks, most, count_range, &j);
+    else
+        fm_parallel_for(pool, n_tasks, count_task, &j);
     for (int64_t i = 0; i < n_tasks; i++)
         CHECK_INT(j.hits[i], 1);
     CHECK_INT(j.n_bad_workers, 0);
+    CHECK_INT(j.n_bad_ranges, 0);
 }
+
+static void run_job(fm_pool *pool, int64_t n_tasks) { run_ranges(pool, n_tasks, 0); }
 
 static void task_counts(void)
 {
@@ -42,7 +58,8 @@ static void task_counts(void)
         REQUIRE(fm_pool_open(n_threads, &pool) == FM_OK);
         CHECK_INT(fm_pool_threads(pool), n_threads);
         for (int i = 0; i < FM_COUNT(counts); i++)
-            run_job(pool, counts[i]);
+            for (int64_t most = 0; most <= 1024; most = most * 4 + 1)
+                run_ranges(pool, counts[i], most);
         fm_pool_close(pool);
     }
 }
