@@ -44,6 +44,8 @@ FM_INLINE void exact_affine(const fm_mat *W, const uint8_t *code, const uint8_t 
     for (int64_t c = 0; c < n; c += VB) {
         uint8_t u[VB];
         const vb codes = v_unpack(&cut, code + c * bits / 8, have - c * bits / 8);
+        /* The same place in the next block of rows: no hardware prefetcher follows so many short runs. */
+        __builtin_prefetch(code + c * bits / 8 + EX_RB * W->codes_stride, 0, 3);
         memcpy(u, &codes, sizeof u);
         vf s = {0}, b = {0};
 #pragma GCC unroll 4
