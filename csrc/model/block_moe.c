@@ -70,8 +70,10 @@ static fm_status compute_wave(fm_model *m, const fm_batch *b, struct fm_wave *w,
     const fm_combine_args a = {m->s.x, b->n_rows, m->c.hidden_size, m->s.exp_out, m->s.comb_start, m->s.comb_index,
                                m->s.comb_weight, w->rows};
     FM_TRY(m->be->v->combine(m->be, &a));
-    int64_t bad; /* looking syncs: the slots may be overwritten after it */
-    FM_TRY(m->be->v->find_nonfinite(m->be, m->s.exp_out, w->rows, m->c.hidden_size, &bad));
+    int64_t bad; /* looking syncs: the slots may be overwritten after it. No part that is not finite has a finite sum */
+    FM_TRY(m->be->v->find_nonfinite(m->be, m->s.x, b->n_rows, m->c.hidden_size, &bad));
+    if (bad >= 0)
+        FM_TRY(m->be->v->find_nonfinite(m->be, m->s.exp_out, w->rows, m->c.hidden_size, &bad));
     if (bad >= 0)
         FM_TRY(fm_moe_nonfinite(m, w, layer, bad));
     fm_experts_get_stats(m->experts, &after);
