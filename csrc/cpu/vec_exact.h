@@ -15,6 +15,7 @@ enum { EX_RB = 8, EX_TB = 3 }; /* 24 of 32 */
 enum {
     EX_KB = 512, /* decoded columns of a block: 16 KiB at most, stays in L1 */
     EX_NB = 32,  /* rows of x per decoded block */
+    EX_ONE = 4,  /* weight rows at once for a single row of x: their sums overlap */
 };
 
 FM_INLINE float exact_number(const uint8_t *p, fm_quant format)
@@ -34,33 +35,85 @@ FM_INLINE float exact_number(const uint8_t *p, fm_quant format)
     return f;
 }
 
-/* n <= EX_KB columns of one row from column c (a multiple of EX_KB); w is written up to a multiple of VL. */
-FM_INLINE void exact_affine(const fm_mat *W, const uint8_t *code, const uint8_t *scale, const uint8_t *bias,
-                            int64_t have, int64_t n, int bits, float *w)
+/* A row's affine data from some column on. */
+typedef struct exact_src {
+    const uint8_t *code, *scale, *bias;
+    int64_t have; /* bytes of codes */
+    v_cut cut;
+    fm_quant scale_format;
+    int shift; /* a group is a power of two; dividing would cost more than all else */
+} exact_src;
+
+FM_INLINE exact_src exact_from(const fm_mat *W, int64_t r, int64_t c, int bits)
 {
-    const int64_t size = W->scale_format == FM_QUANT_F32 ? 4 : 2;
-    const v_cut cut = v_cut_make(bits);
-    const int shift = __builtin_ctz((unsigned)W->group); /* a power of two; dividing would cost more than all else */
-    for (int64_t c = 0; c < n; c += VB) {
-        uint8_t u[VB];
-        const vb codes = v_unpack(&cut, code + c * bits / 8, have - c * bits / 8);
-        /* The same place in the next block of rows: no hardware prefetcher follows so many short runs. */
-        __builtin_prefetch(code + c * bits / 8 + EX_RB * W->codes_stride, 0, 3);
-        memcpy(u, &codes, sizeof u);
-        vf s = {0}, b = {0};
+    const int64_t skip = r * W->scales_stride + c / W->group * (W->scale_format == FM_QUANT_F32 ? 4 : 2);
+    return (exact_src){W->codes + r * W->codes_stride + c * bits / 8, W->scales + skip, W->biases + skip,
+                       W->codes_stride - c * bits / 8, v_cut_make(bits), W->scale_format,
+                       __builtin_ctz((unsigned)W->group)};
+}
+
+/* The weights of 16 * n columns (VB at most) from column c, a multiple of VB. */
+FM_INLINE void exact_cut(const exact_src *s, int64_t c, int n, int bits, vf *w)
+{
+    const int64_t size = s->scale_format == FM_QUANT_F32 ? 4 : 2;
+    uint8_t u[VB];
+    const vb codes = v_unpack(&s->cut, s->code + c * bits / 8, s->have - c * bits / 8);
+    memcpy(u, &codes, sizeof u);
+    vf scale = {0}, bias = {0};
 #pragma GCC unroll 4
-        for (int j = 0; j < VB; j += 16) { /* groups are whole sixteens */
-            if (c + j >= n)
-                break;
-            if (((c + j) & (W->group - 1)) == 0 || j == 0) {
-                const int64_t g = ((c + j) >> shift) * size;
-                s = vf_set(exact_number(scale + g, W->scale_format));
-                b = vf_set(exact_number(bias + g, W->scale_format));
-            }
-#pragma GCC unroll 4
-            for (int i = j; i < j + 16; i += VL)
-                vf_store(w + c + i, vf_fma(vf_from_u8(u + i), s, b));
+    for (int j = 0; j < n; j++) { /* groups are whole sixteens */
+        const int64_t at = c + 16 * j, g = (at >> s->shift) * size;
+        if (j == 0 || (at & ((1 << s->shift) - 1)) == 0) {
+            scale = vf_set(exact_number(s->scale + g, s->scale_format));
+            bias = vf_set(exact_number(s->bias + g, s->scale_format));
         }
+#pragma GCC unroll 4
+        for (int i = 0; i < 16; i += VL)
+            w[(16 * j + i) / VL] = vf_fma(vf_from_u8(u + 16 * j + i), scale, bias);
+    }
+}
+
+/* n <= EX_KB columns of a row, whole sixteens. */
+FM_INLINE void exact_affine(const exact_src *s, int64_t n, int bits, float *w)
+{
+    vf part[VB / VL];
+    int64_t c = 0;
+    for (; c + VB <= n; c += VB) {
+        exact_cut(s, c, VB / 16, bits, part);
+        memcpy(w + c, part, sizeof part);
+    }
+    if (c < n) {
+        exact_cut(s, c, (int)(n - c) / 16, bits, part);
+        memcpy(w + c, part, (size_t)(n - c) * sizeof *w);
+    }
+}
+
+/* Rows [r, r + EX_ONE) of an affine matrix times one row of x, the same sums as exact_block's but from registers. Rows
+ * past `last` repeat it. The rows after these are asked for: pieces of rows are no stream that the processor sees. */
+FM_INLINE void exact_affine_one(const fm_mat *W, const float *x, int64_t r, int64_t last, int bits, vf *acc)
+{
+    exact_src s[EX_ONE];
+    vf w[VB / VL];
+    const int64_t n = W->n_cols, ahead = r + 2 * EX_ONE - 1 <= last ? EX_ONE * W->codes_stride : 0;
+    int64_t c = 0;
+#pragma GCC unroll 4
+    for (int j = 0; j < EX_ONE; j++) {
+        s[j] = exact_from(W, r + j < last ? r + j : last, 0, bits);
+        acc[j] = (vf){0};
+    }
+    for (; c + VB <= n; c += VB)
+#pragma GCC unroll 4
+        for (int j = 0; j < EX_ONE; j++) {
+            __builtin_prefetch(s[j].code + c * bits / 8 + ahead, 0, 3);
+            exact_cut(&s[j], c, VB / 16, bits, w);
+#pragma GCC unroll 4
+            for (int i = 0; i < VB / VL; i++)
+                acc[j] = vf_fma(w[i], vf_load(x + c + i * VL), acc[j]);
+        }
+    for (int j = 0; j < EX_ONE && c < n; j++) {
+        exact_cut(&s[j], c, (int)(n - c) / 16, bits, w);
+        for (int i = 0; i < (n - c) / VL; i++)
+            acc[j] = vf_fma(w[i], vf_load(x + c + i * VL), acc[j]);
     }
 }
 
@@ -85,13 +138,12 @@ FM_INLINE void exact_plain(const uint8_t *p, fm_quant format, int64_t n, float *
 
 FM_INLINE void exact_decode(const fm_mat *W, int64_t r, int64_t c, int64_t n, int bits, fm_quant plain, float *w)
 {
-    const uint8_t *code = W->codes + r * W->codes_stride + c * bits / 8;
     if (bits >= 16) {
-        exact_plain(code, plain, n, w);
+        exact_plain(W->codes + r * W->codes_stride + c * bits / 8, plain, n, w);
         return;
     }
-    const int64_t skip = r * W->scales_stride + c / W->group * (W->scale_format == FM_QUANT_F32 ? 4 : 2);
-    exact_affine(W, code, W->scales + skip, W->biases + skip, W->codes_stride - c * bits / 8, n, bits, w);
+    const exact_src s = exact_from(W, r, c, bits);
+    exact_affine(&s, n, bits, w);
 }
 
 /* acc[t][r] += w[r] . x[t] over n columns. T is a constant. */
@@ -146,7 +198,12 @@ FM_INLINE void exact_matmul(const fm_mat *W, const fm_act *a, int64_t n, float *
 {
     _Alignas(64) float w[EX_RB][EX_KB];
     vf acc[EX_NB][EX_RB];
-    for (int64_t i = 0; i < n; i += EX_NB) {
+    for (int64_t r = r0; r < r1 && n == 1 && bits < 16; r += EX_ONE) {
+        exact_affine_one(W, a->x + (a->rows ? a->rows[0] : a->row0) * a->ldx, r, r1 - 1, bits, acc[0]);
+        for (int64_t j = 0; j < EX_ONE && r + j < r1; j++)
+            y[r + j] = vf_sum(acc[0][j]);
+    }
+    for (int64_t i = n == 1 && bits < 16; i < n; i += EX_NB) {
         const int64_t nb = n - i < EX_NB ? n - i : EX_NB;
         for (int64_t r = r0; r < r1; r += EX_RB) {
             memset(acc, 0, (size_t)nb * sizeof acc[0]);
