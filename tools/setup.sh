@@ -32,6 +32,12 @@ fi
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 if [ "${1:-}" = test ]; then
     .venv/bin/python -m pip install --quiet -e '.[test]'
+    # where the Metal tests can run: Darwin's libc headers and Apple's interface, which they parse
+    if command -v clang-19 >/dev/null; then
+        { .venv/bin/python -m pip install --quiet ziglang==0.17.1 &&
+            .venv/bin/python tests/metal/fetch_metal_cpp.py; } ||
+            echo "setup: not fetched: the tests of Metal's interface will skip and say how"
+    fi
 else
     .venv/bin/python -m pip install --quiet .
 fi
