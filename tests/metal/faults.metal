@@ -26,6 +26,13 @@ kernel void sum_ok(device float *out [[buffer(0)]], device const float *in [[buf
     }
 }
 
+kernel void groups_ok(device float *out [[buffer(0)]],
+                      uint group [[threadgroup_position_in_grid]]) {
+    threadgroup float x[1];
+    x[0] = float(group);
+    out[group] = x[0];
+}
+
 kernel void no_barrier(device float *out [[buffer(0)]], device const float *in [[buffer(1)]],
                        uint lid [[thread_position_in_threadgroup]],
                        uint tg [[threads_per_threadgroup]]) {

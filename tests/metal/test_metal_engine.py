@@ -46,7 +46,7 @@ RUNS = {  # name: (environment, what pytest is given); the longest first
 def run(env, select):
     full = {**os.environ, "METAL_CORE_PATH": core(), "MSL_CHILD": "1", "FLASHMOE_CPU": "ref", **env}
     full["PYTHONPATH"] = os.pathsep.join([str(HERE), str(mslc.REPO)])
-    cmd = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "metal_core_plugin"]
+    cmd = [sys.executable, "-m", "pytest", "-q", "-x", "-s", "-p", "metal_core_plugin"]
     cmd += ["-p", "no:cacheprovider", *select]
     return subprocess.run(cmd, env=full, cwd=TESTS, text=True, capture_output=True)
 

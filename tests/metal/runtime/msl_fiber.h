@@ -4,11 +4,12 @@
 #define MSL_FIBER_H
 #include <stddef.h>
 
-#define NOTSAN __attribute__((no_sanitize("thread")))
-
 #if defined(__has_feature)
 #if __has_feature(thread_sanitizer)
 #define MSL_TSAN 1
+/* no_sanitize("thread") would still record calls and returns, and fibers never return: the record
+ * of each of TSan's fibers would grow by every threadgroup, until it ran over. */
+#define NOTSAN __attribute__((disable_sanitizer_instrumentation))
 extern "C" {
 void *__tsan_create_fiber(unsigned);
 void __tsan_switch_to_fiber(void *, unsigned);
@@ -30,6 +31,10 @@ void __sanitizer_start_switch_fiber(void **, const void *, size_t);
 void __sanitizer_finish_switch_fiber(void *, const void **, size_t *);
 }
 #endif
+#endif
+
+#ifndef NOTSAN
+#define NOTSAN
 #endif
 
 /* Saves the running stack pointer to *save and goes on at `to`. */
