@@ -161,6 +161,19 @@ def test_failed_reads(script, lookahead):
     assert plain[1] == pipelined[1]
 
 
+def test_failed_late_read(monkeypatch):
+    """The device has been let into a layer's first stage and is slow; what the stage needs later fails
+    meanwhile. The host may not touch the stage's jobs before the device is past them: judged by TSan."""
+    monkeypatch.setenv("FAKE_METAL_SLOW_MS", "60")
+    fault = {"io_method": "fault", "io_fault": "delay=5000,eio@14", "io_workers": 1}
+    with opened(BASE, slots=None, **fault) as engine:
+        session = engine.session()
+        with pytest.raises(StorageError):
+            session.step(int(ids_of(BASE, "p24")[0]))
+        session.step(int(ids_of(BASE, "p24")[0]))
+        assert engine.set_slots(engine.info["n_slots"]) == engine.info["experts_per_token"]
+
+
 def test_a_disk_that_fails_and_fails():
     """Some reads of every token: whatever stage they hit, retries come to the right bits."""
     ids = ids_of(HF, "p24")[:8]

@@ -123,6 +123,8 @@ __attribute__((visibility("default"))) void fake_metal_counts(long out[2])
         return [d->event signaledValue] >= d->value;
     else if (![d->event reached:d->value within:(uint64_t)fake_env("FAKE_METAL_EVENT_MS", 20000)])
         *why = [NSString stringWithFormat:@"timed out waiting for value %lu of an event", (unsigned long)d->value];
+    else
+        usleep((useconds_t)fake_env("FAKE_METAL_SLOW_MS", 0) * 1000);
     return YES;
 }
 

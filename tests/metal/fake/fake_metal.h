@@ -7,6 +7,7 @@
  *              FAKE_METAL_FAIL_AT=m  m of its commands (0)
  *              FAKE_METAL_HANG=n     the n-th command buffer never ends
  *              FAKE_METAL_EVENT_MS=n a wait for an event ends its command buffer in an error after n ms (20000)
+ *              FAKE_METAL_SLOW_MS=n  goes on n ms after an event let it (0): the host gets ahead of it
  *              FAKE_METAL_NO_DEVICE=1, FAKE_METAL_WORKING_SET=bytes, FAKE_METAL_MAX_BUFFER=bytes */
 #ifndef FAKE_METAL_INTERNAL_H
 #define FAKE_METAL_INTERNAL_H
