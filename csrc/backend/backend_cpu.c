@@ -51,7 +51,7 @@ static fm_caps cpu_caps(const fm_backend *b)
 
 static fm_status cpu_alloc(fm_backend *b, size_t bytes, fm_usage usage, void **out)
 {
-    (void)b; /* not state: positions of a context that are not used yet shall cost no memory */
+    (void)b; /* not state: see fm_state_open */
     return fm_region_alloc(bytes, usage == FM_USAGE_WEIGHTS || usage == FM_USAGE_SLOTS, out);
 }
 

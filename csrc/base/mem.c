@@ -128,14 +128,21 @@ fm_status fm_region_alloc(size_t bytes, bool huge, void **out)
     return FM_OK;
 }
 
+void fm_region_huge(void *p, size_t bytes)
+{
+    const size_t page = (size_t)fm_page_bytes();
+    const uintptr_t start = fm_round_up((uintptr_t)p, page), end = ((uintptr_t)p + bytes) / page * page;
+    if (HAS_HUGE && end > start && end - start >= HUGE_BYTES)
+        advise_huge((void *)start, end - start);
+}
+
 void fm_region_fill(void *p, size_t bytes)
 {
     const size_t page = (size_t)fm_page_bytes();
     const uintptr_t start = fm_round_up((uintptr_t)p, page), end = ((uintptr_t)p + bytes) / page * page;
     if (end <= start)
         return;
-    if (end - start >= HUGE_BYTES)
-        advise_huge((void *)start, end - start);
+    fm_region_huge(p, bytes);
     for (volatile uint8_t *at = (uint8_t *)start; at < (uint8_t *)end; at += page)
         *at = *at;
 }

@@ -32,6 +32,8 @@ int64_t fm_mem_n_allocs(void);
  * advised when huge is true. fm_region_drop gives the pages of a range back but keeps the
  * addresses. */
 fm_status fm_region_alloc(size_t bytes, bool huge, void **out);
+/* Asks for huge pages in a part of a region, where the system has them; takes no memory. */
+void fm_region_huge(void *p, size_t bytes);
 /* Takes the memory of a part of a region now, in huge pages where that can be, and leaves what it holds. Else whoever
  * writes first waits for it, page by page. */
 void fm_region_fill(void *p, size_t bytes);

@@ -22,6 +22,28 @@
 #include "cpu/vec_portable.h"
 #endif
 
+/* Keeps v in a register, whatever the compiler thinks of loading it again. */
+#if defined(__x86_64__)
+#define V_KEEP(v) __asm__("" : "+v"(v))
+#elif defined(__aarch64__)
+#define V_KEEP(v) __asm__("" : "+w"(v))
+#else
+#define V_KEEP(v) ((void)0)
+#endif
+
+/* Every second element of a, then of b. */
+#if VB == 64
+#define V_EVEN(a, b)                                                                               \
+    __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)
+#define V_ODD(a, b) __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)
+#elif VB == 32
+#define V_EVEN(a, b) __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14)
+#define V_ODD(a, b) __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15)
+#else
+#define V_EVEN(a, b) __builtin_shufflevector(a, b, 0, 2, 4, 6)
+#define V_ODD(a, b) __builtin_shufflevector(a, b, 1, 3, 5, 7)
+#endif
+
 /* To nearest even; NaN stays NaN, infinity infinity. */
 FM_INLINE vh vf_to_bf16(vf x)
 {

@@ -2,148 +2,19 @@
  * parts of FM_ATTN_PART that are summed apart and then put together in order. So a query's result depends neither on
  * which other queries are in the call nor on who computes which part. A "query" is one head of one row; all queries of
  * a call read the same KV head.
- *   scores: lanes = positions. Rows of K are transposed to [dim][position] in L1 and used by all queries.
+ *   scores: vec_attn_scores.h.
  *   values: lanes = dims. Sums of p * V are f32; a tile adds its positions in rising order. */
 #ifndef FM_CPU_VEC_ATTN_H
 #define FM_CPU_VEC_ATTN_H
 
-#include "cpu/kernels.h"
-#include "cpu/vec.h"
+#include "cpu/vec_attn_scores.h"
 
 enum {
-    ATTN_TILE = 64,   /* positions; a multiple of ATTN_PV * VL */
-    ATTN_DIMS = 128,  /* dims transposed at a time */
-    ATTN_MAX = FM_ATTN_PASS,
-    ATTN_QB = FM_VEC_ISA == FM_VEC_AVX2 ? 4 : 8, /* queries, and vectors of positions, per block of scores */
-    ATTN_PV = 2,
     ATTN_VB = FM_VEC_ISA == FM_VEC_AVX2 ? 2 : 4, /* queries, and vectors, per block of values */
     ATTN_FEW = 8,     /* queries up to which V is used where it lies */
     ATTN_FEW_VB = FM_VEC_ISA == FM_VEC_AVX2 ? 4 : 8, /* queries per block then, of ATTN_FEW_NV vectors */
     ATTN_FEW_NV = 2,
 };
-
-typedef struct attn_query {
-    const float *q, *gate;
-    float *y;    /* the row's output, and the sum of the parts so far */
-    float *part; /* of the present part: unnormalised output, then at `at` its maximum and total */
-    int64_t n_pos;
-    float top, total; /* running maximum and sum of exp(score - maximum) */
-} attn_query;
-
-/* VL numbers of K or V from element i; plain is a constant. */
-FM_INLINE vf attn_get(const void *p, int64_t i, fm_quant plain)
-{
-    const uint8_t *at = (const uint8_t *)p + i * (plain == FM_QUANT_F32 ? 4 : 2);
-    return plain == FM_QUANT_F32 ? vf_load(at) : plain == FM_QUANT_F16 ? vf_from_f16(at) : vf_from_bf16(at);
-}
-
-FM_INLINE vf attn_get_part(const void *p, int64_t i, int64_t n, fm_quant plain)
-{
-    const uint8_t *at = (const uint8_t *)p + i * (plain == FM_QUANT_F32 ? 4 : 2);
-    if (plain == FM_QUANT_F32)
-        return (vf)vu_load_part(at, n);
-    const vh h = vh_load_part(at, n);
-    return plain == FM_QUANT_F16 ? vf_from_f16(&h) : vf_from_bf16(&h);
-}
-
-/* Where the next tile of K and V lies. It is read ahead in two strips, a little at a time all through the work on the
- * present one: memory is then always busy, and never waited for. */
-typedef struct attn_next {
-    const uint8_t *k, *v;
-} attn_next;
-
-/* `bytes` of each strip from byte `at` on. */
-FM_INLINE void attn_fetch(const attn_next *next, int64_t at, int64_t bytes)
-{
-    for (int64_t b = 0; b < bytes; b += 64) {
-        __builtin_prefetch(next->k + at + b, 0, 2);
-        __builtin_prefetch(next->v + at + b, 0, 2);
-    }
-}
-
-/* kt[d][lane] = K[t + lane][d0 + d], ATTN_PV * VL lanes; lanes past the end repeat the last position. */
-FM_INLINE void attn_transpose(const void *K, int64_t hd, int64_t t, int64_t n_pos, int64_t d0, int64_t nd, float *kt,
-                              const attn_next *next, int64_t at, int64_t bytes, fm_quant plain)
-{
-    for (int v = 0; v < ATTN_PV; v++)
-        for (int64_t d = 0; d < nd; d += VL) {
-            vu r[VL];
-            const int64_t part = nd - d < VL ? nd - d : VL;
-#pragma GCC unroll 16
-            for (int i = 0; i < VL; i++) {
-                const int64_t row = t + v * VL + i < n_pos ? t + v * VL + i : n_pos - 1;
-                r[i] = (vu)(part == VL ? attn_get(K, row * hd + d0 + d, plain)
-                                       : attn_get_part(K, row * hd + d0 + d, part, plain));
-            }
-            attn_fetch(next, at, bytes);
-            at += bytes;
-            v_transpose(r);
-#pragma GCC unroll 16
-            for (int i = 0; i < VL; i++)
-                vu_store(kt + ((d + i) * ATTN_PV + v) * VL, r[i]);
-        }
-}
-
-/* s[i] += sum_d q[i][d] * kt[d] over nd dims; Q is a constant. */
-FM_INLINE void attn_dot(const attn_query *q, const float *kt, int64_t d0, int64_t nd, float *s, int Q,
-                        const attn_next *next, int64_t at, int64_t bytes)
-{
-    vf acc[ATTN_QB][ATTN_PV];
-    const float *x[ATTN_QB];
-#pragma GCC unroll 8
-    for (int i = 0; i < Q; i++) {
-        x[i] = q[i].q + d0;
-#pragma GCC unroll 2
-        for (int v = 0; v < ATTN_PV; v++)
-            acc[i][v] = vf_load(s + i * ATTN_TILE + v * VL);
-    }
-    for (int64_t d = 0; d < nd; d++) {
-        vf k[ATTN_PV];
-#pragma GCC unroll 2
-        for (int v = 0; v < ATTN_PV; v++)
-            k[v] = vf_load(kt + (d * ATTN_PV + v) * VL);
-        attn_fetch(next, at + d * bytes, bytes);
-#pragma GCC unroll 8
-        for (int i = 0; i < Q; i++) {
-            const vf one = vf_set(x[i][d]);
-#pragma GCC unroll 2
-            for (int v = 0; v < ATTN_PV; v++)
-                acc[i][v] = vf_fma(one, k[v], acc[i][v]);
-        }
-    }
-#pragma GCC unroll 8
-    for (int i = 0; i < Q; i++)
-#pragma GCC unroll 2
-        for (int v = 0; v < ATTN_PV; v++)
-            vf_store(s + i * ATTN_TILE + v * VL, acc[i][v]);
-}
-
-/* Scores of one tile (before scale): s[query][position in tile]. */
-FM_INLINE void attn_scores(const attn_query *q, int64_t nq, const fm_kv_head *kv, int64_t hd, int64_t t0, int64_t n_pos,
-                           float (*s)[ATTN_TILE], const attn_next *next, fm_quant plain)
-{
-    _Alignas(64) float kt[ATTN_DIMS * ATTN_PV * VL];
-    const int64_t step = ATTN_PV * VL, size = plain == FM_QUANT_F32 ? 4 : 2;
-    const int64_t by_block = VL * VL * size / 4, by_dim = step * size / 2; /* a quarter and a half of the tile */
-    int64_t at = 0;
-    memset(s, 0, (size_t)nq * sizeof *s);
-    for (int64_t t = t0; t < t0 + ATTN_TILE && t < n_pos; t += step)
-        for (int64_t d = 0; d < hd; d += ATTN_DIMS) {
-            const int64_t nd = hd - d < ATTN_DIMS ? hd - d : ATTN_DIMS;
-            int64_t i = 0;
-            attn_transpose(kv->k, hd, t, n_pos, d, nd, kt, next, at, by_block, plain);
-            at += nd / VL * ATTN_PV * by_block;
-            if (nq >= ATTN_QB)
-                attn_dot(q, kt, d, nd, s[0] + t - t0, ATTN_QB, next, at, by_dim), i = ATTN_QB;
-            for (; i + ATTN_QB <= nq; i += ATTN_QB)
-                attn_dot(q + i, kt, d, nd, s[i] + t - t0, ATTN_QB, next, at, 0);
-            for (; i + 2 <= nq; i += 2)
-                attn_dot(q + i, kt, d, nd, s[i] + t - t0, 2, next, at, i == 0 ? by_dim : 0);
-            for (; i < nq; i++)
-                attn_dot(q + i, kt, d, nd, s[i] + t - t0, 1, next, at, i == 0 ? by_dim : 0);
-            at += nd * by_dim;
-        }
-}
 
 FM_INLINE void attn_scale(float *y, int64_t n, vf by)
 {
@@ -255,14 +126,14 @@ FM_INLINE void attn_tile_values(const attn_query *q, int64_t nq, const float (*p
     _Alignas(64) float v[ATTN_TILE * ATTN_VB * VL];
     const int64_t n = attn_have(&q[nq - 1], t0), width = ATTN_VB * VL, few = ATTN_FEW_NV * VL;
     const int64_t size = plain == FM_QUANT_F32 ? 4 : 2;
-    const int64_t rest = ATTN_TILE * hd * size * 3 / 4; /* a quarter; what came before was fetched with the scores */
+    const int64_t rest = ATTN_TILE * hd * size / 2; /* the other half; the first was fetched with the scores */
     int64_t d = 0;
     for (; nq <= ATTN_FEW && d + few <= hd; d += few)
         attn_columns(q, nq, p, kv->v, t0 * hd + d, hd, d, t0, ATTN_FEW_VB, ATTN_FEW_NV, VL, plain,
-                     next, rest + d * ATTN_TILE * size / 4, few * size / 4);
+                     next, rest + d * ATTN_TILE * size / 2, few * size / 2);
     for (; d + width <= hd; d += width) {
         for (int64_t t = 0; t < n; t++) {
-            attn_fetch(next, rest + (d * ATTN_TILE + t * width) * size / 4, width * size / 4);
+            attn_fetch(next, rest + (d * ATTN_TILE + t * width) * size / 2, width * size / 2);
 #pragma GCC unroll 4
             for (int x = 0; x < ATTN_VB; x++)
                 vf_store(v + t * width + x * VL, attn_get(kv->v, (t0 + t) * hd + d + x * VL, plain));

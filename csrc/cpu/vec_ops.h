@@ -87,18 +87,6 @@ FM_INLINE void conv_taps(const float *weight, int64_t kern, int64_t c, int64_t n
         w[j] = vf_load(t[j]);
 }
 
-#if VB == 64
-#define V_EVEN(a, b)                                                                               \
-    __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30)
-#define V_ODD(a, b) __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31)
-#elif VB == 32
-#define V_EVEN(a, b) __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14)
-#define V_ODD(a, b) __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15)
-#else
-#define V_EVEN(a, b) __builtin_shufflevector(a, b, 0, 2, 4, 6)
-#define V_ODD(a, b) __builtin_shufflevector(a, b, 1, 3, 5, 7)
-#endif
-
 /* The same for kern = 4 and VL whole channels, in shuffles. */
 FM_INLINE void conv_taps4(const float *weight, vf *w)
 {

@@ -8,7 +8,7 @@
 
 #include "base/mem.h"
 
-enum { SETS = 3, CHECKPOINT = 2 };
+enum { SETS = 3, CHECKPOINT = 2, LONG_STRIP = 8 << 20 };
 
 struct fm_state {
     const fm_config *c;
@@ -96,6 +96,10 @@ fm_status fm_state_open(const fm_config *c, fm_backend *be, int64_t capacity, fm
     int32_t full = 0, linear = 0;
     for (int64_t l = 0; l < c->num_hidden_layers; l++)
         s->index[l] = c->mixers[l] == FM_MIXER_FULL ? full++ : linear++;
+    /* Long strips of K and V are read faster in huge pages, and taken in fewer faults; the end of a short one would stay
+     * unused. */
+    if (z.kv_bytes / c->num_key_value_heads >= LONG_STRIP)
+        fm_region_huge(region, (size_t)(z.kv_bytes * 2 * z.n_full));
     /* The first two forwards write all of both sets; positions not used yet shall cost no memory. */
     fm_region_fill(set_base(s, 0), (size_t)s->set_floats * 2 * sizeof(float));
     *out = s;
