@@ -32,16 +32,18 @@ BENCH = Path(__file__).resolve().parent.parent / "build" / "bench" / "bench_kern
 PROMPT = 512  # of random tokens: asks for nearly every expert
 
 
-def filled(saved: bytes, n: int, config: dict, size: int) -> bytes:
+def filled(saved: bytes, n: int, config: dict, kv_format: str) -> bytes:
     """Return a saved session of one token as one of `n`, the keys and values noise."""
-    head = list(HEADER.unpack_from(saved))
+    head, size = list(HEADER.unpack_from(saved)), 4 if kv_format == "f32" else 2
     rows = list(config["mixers"]).count(0) * 2 * config["num_key_value_heads"]
     one = config["head_dim"] * size
     linear = saved[HEADER.size + rows * head[POS] * one :]
     head[POS] = n
     noise = np.random.default_rng(0).standard_normal(1 << 20).astype(np.float32)
-    if size == 2:  # the upper half of a float is a bf16; as f16 these bits are small numbers too
-        noise = (noise.view(np.uint32) >> 16).astype(np.uint16) & 0xBFFF
+    if kv_format == "f16":
+        noise = noise.astype(np.float16)
+    elif kv_format == "bf16":  # the upper half of a float
+        noise = (noise.view(np.uint32) >> 16).astype(np.uint16)
     total = rows * n * one
     return HEADER.pack(*head) + (noise.tobytes() * (total // noise.nbytes + 1))[:total] + linear
 
@@ -67,7 +69,7 @@ def measure(path: str, kv_format: str, n: int, steps: int, threads: int | None) 
         session.close()
         session = r.core.session()
         session.step(1)
-        session.load(filled(session.save(), n, config, size))
+        session.load(filled(session.save(), n, config, kv_format))
         session.step(2)  # allocates what decoding keeps
         r.core.reset_stats()
         start = time.perf_counter()
