@@ -128,19 +128,27 @@ fm_status fm_region_alloc(size_t bytes, bool huge, void **out)
     return FM_OK;
 }
 
-void fm_region_huge(void *p, size_t bytes)
+/* The pages that lie wholly inside a range; false if none does. */
+static bool whole_pages(const void *p, size_t bytes, uintptr_t *start, uintptr_t *end)
 {
     const size_t page = (size_t)fm_page_bytes();
-    const uintptr_t start = fm_round_up((uintptr_t)p, page), end = ((uintptr_t)p + bytes) / page * page;
-    if (HAS_HUGE && end > start && end - start >= HUGE_BYTES)
+    *start = fm_round_up((uintptr_t)p, page);
+    *end = ((uintptr_t)p + bytes) / page * page;
+    return p != NULL && *end > *start;
+}
+
+void fm_region_huge(void *p, size_t bytes)
+{
+    uintptr_t start, end;
+    if (HAS_HUGE && whole_pages(p, bytes, &start, &end) && end - start >= HUGE_BYTES)
         advise_huge((void *)start, end - start);
 }
 
 void fm_region_fill(void *p, size_t bytes)
 {
     const size_t page = (size_t)fm_page_bytes();
-    const uintptr_t start = fm_round_up((uintptr_t)p, page), end = ((uintptr_t)p + bytes) / page * page;
-    if (end <= start)
+    uintptr_t start, end;
+    if (!whole_pages(p, bytes, &start, &end))
         return;
     fm_region_huge(p, bytes);
     for (volatile uint8_t *at = (uint8_t *)start; at < (uint8_t *)end; at += page)
@@ -149,11 +157,8 @@ void fm_region_fill(void *p, size_t bytes)
 
 void fm_region_drop(void *p, size_t bytes)
 {
-    /* Only pages that lie wholly inside the range may go. */
-    const size_t page = (size_t)fm_page_bytes();
-    const uintptr_t start = fm_round_up((uintptr_t)p, page);
-    const uintptr_t end = ((uintptr_t)p + bytes) / page * page;
-    if (p != NULL && end > start)
+    uintptr_t start, end;
+    if (whole_pages(p, bytes, &start, &end))
         give_back((void *)start, end - start);
 }
 
