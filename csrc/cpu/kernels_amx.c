@@ -229,7 +229,7 @@ FM_INLINE void amx_unpack_as(const amx_run *g, const amx_at *at, const amx_at *n
 FM_INLINE void amx_numbers(const amx_run *g, const amx_at *at, const uint8_t *from, float (*to)[AMX_COLS / 16])
 {
     const fm_quant format = g->W->scale_format;
-    const int64_t n = (at->n + g->W->group - 1) >> g->f.group_shift, size = format == FM_QUANT_F32 ? 4 : 2;
+    const int64_t n = (at->n + g->W->group - 1) >> g->f.group_shift, size = plain_bytes(format);
     const __mmask16 some = (__mmask16)(0xffffu >> (16 - (n < 16 ? n : 16)));
     from += at->row * g->W->scales_stride + (at->k >> g->f.group_shift) * size;
     for (int64_t i = 0; i < 16; i++) {

@@ -5,6 +5,7 @@
 #define FM_CPU_VEC_H
 
 #include "cpu/vec_types.h"
+#include "quant/quant.h"
 
 /* Per ISA: vf_fma(a, b, c) = a*b + c in one rounding; vf_max (of two numbers); vf_round_i (to nearest even);
  * vi_dp(acc, u, s, wide): lane += sum of 4 products u8 * s8 (wide: u may be 64 or more; VI_DP_SPLITS tells whether it
@@ -21,6 +22,9 @@
 #else
 #include "cpu/vec_portable.h"
 #endif
+
+/* Bytes of an f32, f16 or bf16 number. */
+FM_INLINE int64_t plain_bytes(fm_quant format) { return format == FM_QUANT_F32 ? 4 : 2; }
 
 /* Keeps v in a register, whatever the compiler thinks of loading it again. */
 #if defined(__x86_64__)

@@ -125,7 +125,7 @@ FM_INLINE void attn_tile_values(const attn_query *q, int64_t nq, const float (*p
 {
     _Alignas(64) float v[ATTN_TILE * ATTN_VB * VL];
     const int64_t n = attn_have(&q[nq - 1], t0), width = ATTN_VB * VL, few = ATTN_FEW_NV * VL;
-    const int64_t size = plain == FM_QUANT_F32 ? 4 : 2;
+    const int64_t size = plain_bytes(plain);
     const int64_t rest = ATTN_TILE * hd * size / 2; /* the other half; the first was fetched with the scores */
     int64_t d = 0;
     for (; nq <= ATTN_FEW && d + few <= hd; d += few)
@@ -162,7 +162,7 @@ FM_INLINE void attn_part(attn_query *q, int64_t nq, const fm_kv_head *kv, int64_
             first++;
         attn_query *live = q + first;
         const int64_t n = nq - first;
-        const int64_t skip = (t0 + (t0 + ATTN_TILE < all ? ATTN_TILE : 0)) * hd * (plain == FM_QUANT_F32 ? 4 : 2);
+        const int64_t skip = (t0 + (t0 + ATTN_TILE < all ? ATTN_TILE : 0)) * hd * plain_bytes(plain);
         const attn_next next = {(const uint8_t *)kv->k + skip, (const uint8_t *)kv->v + skip};
         attn_scores(live, n, kv, hd, t0, end, s, &next, plain);
         for (int64_t i = 0; i < n; i++)

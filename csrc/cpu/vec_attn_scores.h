@@ -29,13 +29,13 @@ typedef struct attn_query {
 /* VL numbers of K or V from element i; plain is a constant. */
 FM_INLINE vf attn_get(const void *p, int64_t i, fm_quant plain)
 {
-    const uint8_t *at = (const uint8_t *)p + i * (plain == FM_QUANT_F32 ? 4 : 2);
+    const uint8_t *at = (const uint8_t *)p + i * plain_bytes(plain);
     return plain == FM_QUANT_F32 ? vf_load(at) : plain == FM_QUANT_F16 ? vf_from_f16(at) : vf_from_bf16(at);
 }
 
 FM_INLINE vf attn_get_part(const void *p, int64_t i, int64_t n, fm_quant plain)
 {
-    const uint8_t *at = (const uint8_t *)p + i * (plain == FM_QUANT_F32 ? 4 : 2);
+    const uint8_t *at = (const uint8_t *)p + i * plain_bytes(plain);
     if (plain == FM_QUANT_F32)
         return (vf)vu_load_part(at, n);
     const vh h = vh_load_part(at, n);
@@ -190,7 +190,7 @@ FM_INLINE int64_t attn_scores_many(const attn_query *q, int64_t nq, const fm_kv_
     _Alignas(64) float kt[ATTN_DIMS * ATTN_PV * VL];
     if (nq < ATTN_MANY || hd > ATTN_DIMS || hd % VL != 0)
         return 0;
-    const int64_t n = nq / ATTN_MB * ATTN_MB, bytes = VL * VL * (plain == FM_QUANT_F32 ? 4 : 2) / 2;
+    const int64_t n = nq / ATTN_MB * ATTN_MB, bytes = VL * VL * plain_bytes(plain) / 2;
     for (int64_t t = t0, at = 0; t < end; t += ATTN_PV * VL, at += ATTN_PV * hd / VL * bytes) {
         attn_transpose(kv->k, hd, t, end, kt, next, at, bytes, plain);
         for (int64_t i = 0; i < n; i += ATTN_MB)
@@ -203,7 +203,7 @@ FM_INLINE int64_t attn_scores_many(const attn_query *q, int64_t nq, const fm_kv_
 FM_INLINE void attn_scores(const attn_query *q, int64_t nq, const fm_kv_head *kv, int64_t hd, int64_t t0, int64_t n_pos,
                            float (*s)[ATTN_TILE], const attn_next *next, fm_quant plain)
 {
-    const int64_t end = t0 + ATTN_TILE < n_pos ? t0 + ATTN_TILE : n_pos, size = plain == FM_QUANT_F32 ? 4 : 2;
+    const int64_t end = t0 + ATTN_TILE < n_pos ? t0 + ATTN_TILE : n_pos, size = plain_bytes(plain);
     int64_t i = attn_scores_many(q, nq, kv, hd, t0, end, s, next, plain), at = 0;
 #define ATTN_DOT(Q)                                                                                                  \
     for (; i + (Q) <= nq; i += (Q))                                                                                  \

@@ -46,7 +46,7 @@ typedef struct exact_src {
 
 FM_INLINE exact_src exact_from(const fm_mat *W, int64_t r, int64_t c, int bits)
 {
-    const int64_t skip = r * W->scales_stride + c / W->group * (W->scale_format == FM_QUANT_F32 ? 4 : 2);
+    const int64_t skip = r * W->scales_stride + c / W->group * plain_bytes(W->scale_format);
     return (exact_src){W->codes + r * W->codes_stride + c * bits / 8, W->scales + skip, W->biases + skip,
                        W->codes_stride - c * bits / 8, v_cut_make(bits), W->scale_format,
                        __builtin_ctz((unsigned)W->group)};
@@ -55,7 +55,7 @@ FM_INLINE exact_src exact_from(const fm_mat *W, int64_t r, int64_t c, int bits)
 /* The weights of 16 * n columns (VB at most) from column c, a multiple of VB. */
 FM_INLINE void exact_cut(const exact_src *s, int64_t c, int n, int bits, vf *w)
 {
-    const int64_t size = s->scale_format == FM_QUANT_F32 ? 4 : 2;
+    const int64_t size = plain_bytes(s->scale_format);
     uint8_t u[VB];
     const vb codes = v_unpack(&s->cut, s->code + c * bits / 8, s->have - c * bits / 8);
     memcpy(u, &codes, sizeof u);
@@ -133,7 +133,7 @@ FM_INLINE void exact_plain(const uint8_t *p, fm_quant format, int64_t n, float *
                         : format == FM_QUANT_BF16 ? vf_from_bf16(p + c * 2)
                                                   : vf_from_f16(p + c * 2));
     if (c < n)
-        vf_store(w + c, exact_plain_part(p + c * (format == FM_QUANT_F32 ? 4 : 2), format, n - c));
+        vf_store(w + c, exact_plain_part(p + c * plain_bytes(format), format, n - c));
 }
 
 FM_INLINE void exact_decode(const fm_mat *W, int64_t r, int64_t c, int64_t n, int bits, fm_quant plain, float *w)
@@ -193,17 +193,28 @@ FM_INLINE void exact_rows(const fm_act *a, int64_t i, int64_t nb, int64_t k0, in
     }
 }
 
+/* y = W x for one row of x, W affine. */
+FM_INLINE void exact_matvec(const fm_mat *W, const fm_act *a, float *y, int64_t r0, int64_t r1, int bits)
+{
+    const float *x = a->x + (a->rows ? a->rows[0] : a->row0) * a->ldx;
+    vf acc[EX_ONE];
+    for (int64_t r = r0; r < r1; r += EX_ONE) {
+        exact_affine_one(W, x, r, r1 - 1, bits, acc);
+        for (int64_t j = 0; j < EX_ONE && r + j < r1; j++)
+            y[r + j] = vf_sum(acc[j]);
+    }
+}
+
 FM_INLINE void exact_matmul(const fm_mat *W, const fm_act *a, int64_t n, float *y, int64_t ldy, int64_t r0, int64_t r1,
                             int bits, fm_quant plain)
 {
     _Alignas(64) float w[EX_RB][EX_KB];
     vf acc[EX_NB][EX_RB];
-    for (int64_t r = r0; r < r1 && n == 1 && bits < 16; r += EX_ONE) {
-        exact_affine_one(W, a->x + (a->rows ? a->rows[0] : a->row0) * a->ldx, r, r1 - 1, bits, acc[0]);
-        for (int64_t j = 0; j < EX_ONE && r + j < r1; j++)
-            y[r + j] = vf_sum(acc[0][j]);
+    if (n == 1 && bits < 16) {
+        exact_matvec(W, a, y, r0, r1, bits);
+        return;
     }
-    for (int64_t i = n == 1 && bits < 16; i < n; i += EX_NB) {
+    for (int64_t i = 0; i < n; i += EX_NB) {
         const int64_t nb = n - i < EX_NB ? n - i : EX_NB;
         for (int64_t r = r0; r < r1; r += EX_RB) {
             memset(acc, 0, (size_t)nb * sizeof acc[0]);

@@ -167,7 +167,7 @@ FM_INLINE void fast_bf16(const fast_tile *t, int64_t g0, int64_t n, int64_t n_pa
 FM_INLINE void fast_numbers(const uint8_t *const *row, fm_quant format, int64_t g0, int64_t n, int64_t n_padded,
                             float *out)
 {
-    const int64_t size = format == FM_QUANT_F32 ? 4 : 2;
+    const int64_t size = plain_bytes(format);
     for (int64_t g = 0; g < n_padded; g += VL) {
         const int64_t have = n - g < 0 ? 0 : n - g < VL ? n - g : VL;
         vu d[VL];

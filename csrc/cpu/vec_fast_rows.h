@@ -129,7 +129,7 @@ FM_INLINE void rows_batch(const uint8_t *code, int64_t have, const rows_work *w,
 /* n <= VL scales or biases from block b on. */
 FM_INLINE vf rows_numbers(const fm_mat *W, const uint8_t *row, int64_t b, int64_t n, int shift)
 {
-    const int64_t size = W->scale_format == FM_QUANT_F32 ? 4 : 2;
+    const int64_t size = plain_bytes(W->scale_format);
     if (shift == 0 && n == VL)
         return W->scale_format == FM_QUANT_BF16  ? vf_from_bf16(row + b * size)
                : W->scale_format == FM_QUANT_F16 ? vf_from_f16(row + b * size)
@@ -208,7 +208,7 @@ FM_INLINE void rows_tiles(const fm_mat *W, rows_work *w, rows_walk *v, int64_t k
                           int64_t strip_rows, int64_t n_strips, int bits, int planes, int n_chunks, bool wide,
                           bool usual, int T)
 {
-    const int64_t from = k0 * bits / 8, g0 = k0 >> v->group_shift, size = W->scale_format == FM_QUANT_F32 ? 4 : 2;
+    const int64_t from = k0 * bits / 8, g0 = k0 >> v->group_shift, size = plain_bytes(W->scale_format);
     for (int64_t i = 0; i < n; i += v->fold)
         for (int64_t s = 0; s < n_strips; s++) {
             const int64_t row = r + s * strip_rows + i;
@@ -224,7 +224,7 @@ FM_INLINE void rows_tiles(const fm_mat *W, rows_work *w, rows_walk *v, int64_t k
 /* Rows of one vector: with few blocks a row, and rows that follow each other without a gap. */
 FM_INLINE int64_t rows_fold(const fm_mat *W, const rows_walk *v, int bits, int planes)
 {
-    const int64_t size = W->scale_format == FM_QUANT_F32 ? 4 : 2, n_sub = W->n_cols >> v->sub_shift;
+    const int64_t size = plain_bytes(W->scale_format), n_sub = W->n_cols >> v->sub_shift;
     const bool packed = W->codes_stride * 8 == W->n_cols * bits && W->scales_stride == n_sub * size &&
                         v->sub_shift == v->group_shift;
     return packed && n_sub < VL && VL % n_sub == 0 && n_sub << v->sub_shift >= VB * planes ? VL / n_sub : 1;
