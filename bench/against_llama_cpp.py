@@ -174,7 +174,7 @@ def summary(args, lines: list[dict]) -> dict:
         for what in ("decode", "prefill")
     }
     return out | {
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": " ".join(Path(a).name for a in sys.argv),  # whose folders are one machine's
         "date": time.strftime("%Y-%m-%d"),
         "machine": platform.platform(),
         "n_cpus": os.cpu_count(),

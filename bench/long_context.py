@@ -28,13 +28,14 @@ from flashmoe.system import resident_bytes
 
 HEADER = struct.Struct("<8s9q")  # save_header of csrc/model/state.c
 POS = 3
+SIZE = {"f32": 4, "f16": 2, "bf16": 2}  # bytes of a number of K or V
 BENCH = Path(__file__).resolve().parent.parent / "build" / "bench" / "bench_kernels"
 PROMPT = 512  # of random tokens: asks for nearly every expert
 
 
 def filled(saved: bytes, n: int, config: dict, kv_format: str) -> bytes:
     """Return a saved session of one token as one of `n`, the keys and values noise."""
-    head, size = list(HEADER.unpack_from(saved)), 4 if kv_format == "f32" else 2
+    head, size = list(HEADER.unpack_from(saved)), SIZE[kv_format]
     rows = list(config["mixers"]).count(0) * 2 * config["num_key_value_heads"]
     one = config["head_dim"] * size
     linear = saved[HEADER.size + rows * head[POS] * one :]
@@ -59,7 +60,7 @@ def measure(path: str, kv_format: str, n: int, steps: int, threads: int | None) 
     """Return the numbers of one setting."""
     core = {"kv_format": kv_format}
     with Runner(path, {}, context=n + steps + 2, prefill_chunk=16, threads=threads, **core) as r:
-        config, size = r.prepared.desc.config, 4 if kv_format == "f32" else 2
+        config, size = r.prepared.desc.config, SIZE[kv_format]
         session = r.core.session()
         rng = np.random.default_rng(1)
         prompt = rng.integers(0, r.vocab_size, min(PROMPT, n)).astype(np.int32)
