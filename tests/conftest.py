@@ -25,11 +25,18 @@ def noise_model() -> Path:
 
 @pytest.fixture
 def fake(monkeypatch):
-    """Replace the core; returns a function that sets the fake engine's class attributes."""
+    """Replace the core; returns a function that sets the fake engine's class attributes.
+
+    What this process already holds, which grows with every test before, is set too: plans of fake
+    sizes shall be the same in any order of tests.
+    """
     import fake_core
 
     import flashmoe.engine
+    import flashmoe.memory
     import flashmoe.prepare
+
+    monkeypatch.setattr(flashmoe.memory, "resident_bytes", lambda: 100 << 20)
 
     def install(**attributes):
         core = fake_core.make_core(**attributes)
