@@ -136,7 +136,7 @@ __attribute__((target("amx-tile,amx-int8"))) static void tiles(void *ctx, int64_
 
 static inline double roof_tiles(fm_pool *pool)
 {
-    if (!fm_x86_has_amx_int8() || syscall(SYS_arch_prctl, 0x1023, 18) != 0)
+    if (!fm_x86_has_amx() || syscall(SYS_arch_prctl, 0x1023, 18) != 0)
         return 0;
     return measure(pool, tiles, 32768.0 * ROUNDS);
 }

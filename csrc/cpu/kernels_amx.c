@@ -1,4 +1,5 @@
-/* Variant amx: Intel's matrix tiles with int8 products, for mode fast with 3 rows of x or more; all else is avx512's.
+/* Variant amx: Intel's matrix tiles with int8 products, for mode fast with 3 rows of x or more; with bf16 products, in
+ * kernels_amx_attn.c, for attention over bf16; all else is avx512's.
  * tdpbusd: 16 rows of W (u8) times 16 rows of x (s8) over one block of at most 64 columns, int32 sums, exact; blocks are
  * scaled and added in f32 as in vec_fast.h, so the bits are those of avx512. W is the left operand because that one lies
  * row by row: unpacking needs no transpose. x, the right one, is packed once per call, and its rows are the lanes.
@@ -428,12 +429,13 @@ FM_TARGET_END
 bool fm_kernels_supported_amx(void)
 {
     enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
-    return fm_kernels_supported_avx512() && fm_x86_has_amx_int8() &&
+    return fm_kernels_supported_avx512() && fm_x86_has_amx() &&
            syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
 }
 
 void fm_kernels_overlay_amx(fm_kernels *k)
 {
+    fm_kernels_overlay_amx_attn(k);
     if (k->numeric == FM_NUMERIC_FAST)
         fast_overlay(k);
 }

@@ -10,4 +10,6 @@
 FM_CPU_LIST(X)
 #undef X
 
+void fm_kernels_overlay_amx_attn(fm_kernels *k); /* a part of amx */
+
 #endif

@@ -3,7 +3,8 @@
  * which other queries are in the call nor on who computes which part. A "query" is one head of one row; all queries of
  * a call read the same KV head.
  *   scores: vec_attn_scores.h.
- *   values: lanes = dims. Sums of p * V are f32; a tile adds its positions in rising order. */
+ *   values: lanes = dims. Sums of p * V are f32; a tile adds its positions in rising order.
+ * ATTN_TILES, if defined, names a function that may do a part in another way, always the same for a format and head_dim. */
 #ifndef FM_CPU_VEC_ATTN_H
 #define FM_CPU_VEC_ATTN_H
 
@@ -146,34 +147,60 @@ FM_INLINE void attn_tile_values(const attn_query *q, int64_t nq, const float (*p
         attn_columns(q, nq, p, kv->v, t0 * hd + d, hd, d, t0, ATTN_VB, 1, hd - d, plain, next, 0, 0);
 }
 
-/* nq <= ATTN_MAX queries by rising n_pos over positions t0 .. t0 + FM_ATTN_PART: one pass over K and V. */
-FM_INLINE void attn_part(attn_query *q, int64_t nq, const fm_kv_head *kv, int64_t t0, int64_t hd, float scale,
-                         fm_quant plain)
+/* The way of up to ATTN_MAX queries, by rising n_pos, through a part: a tile of positions t0 .. end at a time, for the n
+ * queries from `live` on that reach it. */
+typedef struct attn_walk {
+    attn_query *live;
+    int64_t n, t0, end;
+    attn_next next;
+} attn_walk;
+
+FM_INLINE attn_walk attn_part_begin(attn_query *q, int64_t nq, int64_t t0, int64_t hd)
 {
-    _Alignas(64) float s[ATTN_MAX][ATTN_TILE];
-    const int64_t all = q[nq - 1].n_pos, end = all < t0 + FM_ATTN_PART ? all : t0 + FM_ATTN_PART;
     for (int64_t i = 0; i < nq; i++) {
         q[i].top = -INFINITY;
         q[i].total = 0;
         memset(q[i].part, 0, (size_t)hd * sizeof *q[i].part);
     }
-    for (int64_t first = 0; t0 < end; t0 += ATTN_TILE) {
-        while (q[first].n_pos <= t0) /* queries that end before this tile */
-            first++;
-        attn_query *live = q + first;
-        const int64_t n = nq - first;
-        const int64_t skip = (t0 + (t0 + ATTN_TILE < all ? ATTN_TILE : 0)) * hd * plain_bytes(plain);
-        const attn_next next = {(const uint8_t *)kv->k + skip, (const uint8_t *)kv->v + skip};
-        attn_scores(live, n, kv, hd, t0, end, s, &next, plain);
-        for (int64_t i = 0; i < n; i++)
-            attn_softmax(&live[i], s[i], attn_have(&live[i], t0), scale, hd);
-        attn_tile_values(live, n, (const float (*)[ATTN_TILE])s, kv, hd, t0, &next, plain);
-    }
+    return (attn_walk){.live = q, .n = nq, .t0 = t0, .end = t0};
+}
+
+/* On to the next tile; false at the end of the part. */
+FM_INLINE bool attn_part_step(attn_walk *w, const fm_kv_head *kv, int64_t hd, fm_quant plain)
+{
+    const int64_t all = w->live[w->n - 1].n_pos, t0 = w->end;
+    if (t0 == all || (t0 > w->t0 && t0 % FM_ATTN_PART == 0))
+        return false;
+    while (w->live->n_pos <= t0) /* queries that end before this tile */
+        w->live++, w->n--;
+    const int64_t skip = (t0 + (t0 + ATTN_TILE < all ? ATTN_TILE : 0)) * hd * plain_bytes(plain);
+    w->next = (attn_next){(const uint8_t *)kv->k + skip, (const uint8_t *)kv->v + skip};
+    w->t0 = t0;
+    w->end = all < t0 + ATTN_TILE ? all : t0 + ATTN_TILE;
+    return true;
+}
+
+FM_INLINE void attn_part_end(const attn_query *q, int64_t nq, int64_t hd)
+{
     const int64_t at = fm_attn_part_floats(hd) - 16;
     for (int64_t i = 0; i < nq; i++) {
         q[i].part[at] = q[i].top;
         q[i].part[at + 1] = q[i].total;
     }
+}
+
+/* One pass of nq <= ATTN_MAX queries over K and V from position t0, where a part begins. */
+FM_INLINE void attn_part(attn_query *q, int64_t nq, const fm_kv_head *kv, int64_t t0, int64_t hd, float scale,
+                         fm_quant plain)
+{
+    _Alignas(64) float s[ATTN_MAX][ATTN_TILE];
+    for (attn_walk w = attn_part_begin(q, nq, t0, hd); attn_part_step(&w, kv, hd, plain);) {
+        attn_scores(w.live, w.n, kv, hd, w.t0, w.end, s, &w.next, plain);
+        for (int64_t i = 0; i < w.n; i++)
+            attn_softmax(&w.live[i], s[i], attn_have(&w.live[i], w.t0), scale, hd);
+        attn_tile_values(w.live, w.n, (const float (*)[ATTN_TILE])s, kv, hd, w.t0, &w.next, plain);
+    }
+    attn_part_end(q, nq, hd);
 }
 
 #define ATTN_FORMATS(X) X(F32) X(F16) X(BF16)
@@ -193,6 +220,10 @@ FM_INLINE void attn_part_any(attn_query *q, int64_t nq, const fm_kv_head *kv, in
         q++, nq--;
     if (nq == 0)
         return;
+#ifdef ATTN_TILES
+    if (ATTN_TILES(q, nq, kv, t0, hd, scale))
+        return;
+#endif
     switch (kv->format) {
 #define ATTN_CASE(ID)                                                                              \
     case FM_QUANT_##ID: attn_part_##ID(q, nq, kv, t0, hd, scale); break;

@@ -14,11 +14,11 @@ static inline bool fm_x86_has_f16c(void)
     return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) != 0;
 }
 
-/* AMX tiles with int8 products. The OS must grant them too (Linux: per process, on request). */
-static inline bool fm_x86_has_amx_int8(void)
+/* AMX tiles with int8 and bf16 products. The OS must grant them too (Linux: per process, on request). */
+static inline bool fm_x86_has_amx(void)
 {
     unsigned a, b, c, d;
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 3) == 3;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d >> 24 & 3) == 3 && (d >> 22 & 1) == 1;
 }
 #endif
 

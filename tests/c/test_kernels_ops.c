@@ -233,6 +233,30 @@ static void attend_overflow(const fm_kernels *k)
         CHECK(!isfinite(y[d]));
 }
 
+/* Infinities in rows that a query does not see leave it alone, whoever else is in the call. */
+static void attend_unseen(const fm_kernels *k, fm_quant format)
+{
+    enum { HD = 64, N = 40, BAD = 23 };
+    static float x[N * HD], q[N * HD], y[N * HD], alone[N * HD], scratch[FM_ATTN_PASS * 80];
+    static uint32_t K[N * HD], V[N * HD];
+    for (int i = 0; i < N * HD; i++)
+        x[i] = q[i] = (float)(i % 7 - 3) / 8;
+    k->kv_store(format, x, N * HD, K);
+    x[BAD * HD + 5] = INFINITY;
+    k->kv_store(format, x, N * HD, V);
+    const fm_kv_head kv = {K, V, format};
+    fm_attn_args a = {.n_heads = 1, .n_kv_heads = 1, .head_dim = HD, .scale = 1, .q = q, .ld_q = HD, .ld_q_head = HD,
+                      .y = y, .ld_y = HD};
+    k->attend_rows(&a, 0, N, 0, &kv, 0, scratch);
+    a.y = alone;
+    for (int64_t r = 0; r < N; r++)
+        k->attend_rows(&a, r, r + 1, 0, &kv, 0, scratch);
+    for (int i = 0; i < N * HD; i++) {
+        CHECK(isfinite(y[i]) == (i / HD < BAD || i % HD != 5));
+        CHECK(i / HD >= BAD || y[i] == alone[i]);
+    }
+}
+
 static const fm_quant kv_formats[] = {FM_QUANT_F32, FM_QUANT_F16, FM_QUANT_BF16};
 
 static void attention(const fm_kernels *k, bool fast)
@@ -242,11 +266,14 @@ static void attention(const fm_kernels *k, bool fast)
     attend_overflow(k);
     for (int f = 0; f < FM_COUNT(kv_formats); f++) {
         const fm_quant q = kv_formats[f];
+        attend_unseen(k, q);
         check_attention(k, q, 1, 1, 8, 1, 0, false, &s);
         check_attention(k, q, 4, 2, 24, 5, 61, true, &s);
         check_attention(k, q, 8, 1, 64, 67, 3, true, &s);
         check_attention(k, q, 3, 1, 40, 1, 129, false, &s);
         check_attention(k, q, 16, 2, 256, 3, 190, true, &s);
+        check_attention(k, q, 8, 1, 128, 19, FM_ATTN_PART - 9, true, &s);
+        check_attention(k, q, 3, 1, 192, 40, 25, false, &s);
         check_attention(k, q, 5, 1, 33, 30, 0, true, &s);
         check_attention(k, q, 2, 1, 16, 40, FM_ATTN_PART - 20, true, &s); /* rows on both sides of a part's end */
         check_attention(k, q, 3, 1, 300, 2, 2 * FM_ATTN_PART + 63, false, &s);
