@@ -26,6 +26,7 @@
 
 FM_TARGET_BEGIN("amx-tile,amx-int8,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,gfni,avx2,fma,f16c,bmi2")
 #define FM_VEC_ISA 2
+#include "cpu/amx.h"
 #include "cpu/vec_fast.h"
 
 enum { FAST_TILES_MIN = 3 };
@@ -82,17 +83,12 @@ typedef struct amx_run {
 /* Tiles 0, 1: sums, hi and lo; 4, 5: x, hi and lo; 6: W. */
 static void amx_configure(int sub)
 {
-    _Alignas(64) struct {
-        uint8_t palette, start, reserved[14];
-        uint16_t bytes[16];
-        uint8_t rows[16];
-    } c = {.palette = 1};
+    fm_amx_config c = {.palette = 1};
     for (int i = 0; i < 8; i++) {
         c.bytes[i] = (uint16_t)(i >= 6 ? sub : 64);
         c.rows[i] = (uint8_t)(i == 4 || i == 5 ? sub / 4 : 16);
     }
-    __asm__ volatile("" ::"r"(&c) : "memory"); /* GCC's intrinsic admits to reading 8 bytes only */
-    _tile_loadconfig(&c);
+    fm_amx_configure(&c);
 }
 
 /* ---- x ------------------------------------------------------------------------------------------------- */

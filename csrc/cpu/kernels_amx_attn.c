@@ -24,6 +24,7 @@
 
 FM_TARGET_BEGIN("amx-tile,amx-bf16,avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,gfni,avx2,fma,f16c,bmi2")
 #define FM_VEC_ISA 2
+#include "cpu/amx.h"
 #include "cpu/vec_attn_scores.h"
 
 static bool tiles_part(attn_query *q, int64_t nq, const fm_kv_head *kv, int64_t t0, int64_t hd, float scale);
@@ -62,19 +63,14 @@ FM_INLINE void tiles_sync(void) { __asm__ volatile("" ::: "memory"); }
 /* Scores: 0 to 3 sums of 16 positions each, 4 K, 5 to 7 Q. Values: 0 to 3 sums of 16 dims each, 4 V, 5 to 7 weights. */
 static void tiles_rows(tiles_work *w, int rows)
 {
-    _Alignas(64) struct {
-        uint8_t palette, start, reserved[14];
-        uint16_t bytes[16];
-        uint8_t rows[16];
-    } c = {.palette = 1};
+    fm_amx_config c = {.palette = 1};
     if (w->rows == rows)
         return;
     for (int i = 0; i < 8; i++) {
         c.bytes[i] = 64;
         c.rows[i] = (uint8_t)(i == 4 ? 16 : rows);
     }
-    __asm__ volatile("" ::"r"(&c) : "memory"); /* GCC's intrinsic admits to reading 8 bytes only */
-    _tile_loadconfig(&c);
+    fm_amx_configure(&c);
     w->rows = rows;
 }
 
