@@ -12,6 +12,8 @@ typedef struct fm_metal_tuning {
     int vec_rows;   /* matrices: up to this many rows of x by mat_vec */
     int short_span; /* attention: spans up to this long by attend_rows */
     int chunk_rows; /* DeltaNet: spans from this long on by delta_chunk */
+    int units;      /* 1: 2- and 4-bit matrices by mat_vec_units where they fit it; 0 unless asked for: no gain where
+                       matrix products run on the ordinary units */
 } fm_metal_tuning;
 extern fm_metal_tuning fm_metal_tune;
 

@@ -1,5 +1,5 @@
 /* Matrices: items that share a format go out in one dispatch, addressed through a table, so that cached experts are
- * used where they lie. Few rows: mat_vec, whose simdgroups keep x; many: mat_mul over tiles
+ * used where they lie. Few rows: mat_vec, whose simdgroups keep x, or mat_vec_units; many: mat_mul over tiles
  * (fm_metal_tune). */
 #include <string.h>
 
@@ -82,24 +82,60 @@ static vec_plan plan_vec(fm_u32 format, int64_t n_cols, int64_t n_pairs)
     return p;
 }
 
+/* The same for mat_vec_units: slices of 256 columns, at most 8 of them at once; the order of additions follows from the
+ * columns alone here too. Simdgroups in all: what does best on an H200 when launches overlap; 2 bits need fewer, as
+ * each threadgroup splits x for itself. */
+typedef struct units_plan {
+    int64_t side, slices, tiles, of_tile;
+} units_plan;
+
+static bool fits_units(const fm_metal_kind *kind, const fm_metal_items *a)
+{
+    const fm_u32 format = kind->c.v[FM_FC_FORMAT];
+    return fm_metal_tune.units && a->vec && (format == FM_FMT_AFFINE2 || format == FM_FMT_AFFINE4) &&
+           kind->c.v[FM_FC_VEC] && !kind->c.v[FM_FC_BYTES] && kind->n_cols % 64 == 0 &&
+           kind->n_cols <= 256 * FM_MU_SLICES;
+}
+
+static units_plan plan_units(const fm_metal_kind *kind, const fm_metal_items *a)
+{
+    const int64_t slices = (kind->n_cols + 255) / 256, passes = (slices + 7) / 8;
+    const int64_t wanted = kind->c.v[FM_FC_FORMAT] == FM_FMT_AFFINE2 ? 1024 : 2048;
+    units_plan p = {.side = (slices + passes - 1) / passes, .of_tile = a->gated ? 8 : 16};
+    p.slices = p.side * passes;
+    p.tiles = (a->most_out + p.of_tile - 1) / p.of_tile * a->n * a->most_rows * p.side / wanted;
+    p.tiles = p.tiles < 1 ? 1 : p.tiles > FM_MU_TILES ? FM_MU_TILES : p.tiles;
+    return p;
+}
+
 fm_status fm_metal_run_items(fm_metal *m, fm_metal_kind kind, const fm_metal_items *a)
 {
     kind.c.v[FM_FC_GATED] = a->gated;
     if (!a->vec || a->x.offset % 16 != 0 || a->ldx % 4 != 0)
         kind.c.v[FM_FC_VEC] = 0; /* the tiled kernel does not look: one pipeline */
     kind.c.v[FM_FC_LONG] = a->vec && kind.n_cols > FM_MV_SLICES * FM_WIDTH * 32;
+    const bool units = fits_units(&kind, a);
     fm_metal_call c;
-    FM_TRY(fm_metal_call_begin(m, a->vec ? "mat_vec" : "mat_mul", kind.c, &c));
+    FM_TRY(fm_metal_call_begin(m, units ? "mat_vec_units" : a->vec ? "mat_vec" : "mat_mul", kind.c, &c));
     fm_metal_bind_place(&c, 0, a->table);
     const int64_t of_pair = a->gated ? 1 : 2; /* outputs */
     const vec_plan p =
         plan_vec(kind.c.v[FM_FC_FORMAT], kind.n_cols, (a->most_out + of_pair - 1) / of_pair * a->n * a->most_rows);
-    const fm_mat_args args = {(fm_u32)kind.n_cols, (fm_u32)a->ldx,   (fm_u32)kind.codes_stride, (fm_u32)kind.scales_stride,
-                              a->rows != NULL,     (fm_u32)p.slices, (fm_u32)p.pairs};
+    const units_plan u = plan_units(&kind, a);
+    const fm_mat_args args = {(fm_u32)kind.n_cols,
+                              (fm_u32)a->ldx,
+                              (fm_u32)kind.codes_stride,
+                              (fm_u32)kind.scales_stride,
+                              a->rows != NULL,
+                              (fm_u32)(units ? u.slices : p.slices),
+                              (fm_u32)(units ? u.tiles : p.pairs)};
     fm_metal_bind_bytes(&c, 1, &args, sizeof args);
     fm_metal_bind_place(&c, 2, a->x);
     fm_metal_bind_place(&c, 3, a->rows ? *a->rows : a->table);
-    if (a->vec) {
+    if (units) {
+        const int64_t per = u.tiles * u.of_tile;
+        fm_metal_run(&c, (a->most_out + per - 1) / per, a->n, a->most_rows, (int)(FM_WIDTH * u.side), 1);
+    } else if (a->vec) {
         const int64_t per = p.teams * p.pairs * of_pair;
         fm_metal_run(&c, (a->most_out + per - 1) / per, a->n, a->most_rows, (int)(FM_WIDTH * p.slices * p.teams), 1);
     } else {

@@ -95,8 +95,9 @@ def cuda_entry(unit):
     out = [UNDEF, enum, '#include "msl_cuda_glue.h"\n']
     for k in unit.kernels:
         args = "".join(f", msl_glue::P{{{p.kind},{p.index}}}" for p in k.params)
+        bounds = f" __attribute__((launch_bounds({k.max_threads})))" if k.max_threads else ""
         out.append(
-            f'extern "C" __attribute__((__global__)) void {k.name}__k(msl_cargs a)'
+            f'extern "C" __attribute__((__global__)){bounds} void {k.name}__k(msl_cargs a)'
             f" {{ msl_glue::call({k.name}, a{args}); }}\n"
         )
     return "".join(out)
@@ -162,6 +163,7 @@ def compile_run(path, san="", defines=(), include_dirs=None, opt=None):
 
 def compile_cuda(path, out, values=None, defines=(), include_dirs=None):
     """Write PTX for sm_90; function constants take `values` (by name), else 0."""
+    defines = (*defines, "FM_OWN_UNITS")  # include/msl_cuda_simd.h has them
     text, unit = rewrite(preprocess(path, defines, include_dirs), "cuda", values)
     begin, end = (f"#pragma clang force_cuda_host_device {w}\n" for w in ("begin", "end"))
     cu = Path(out).with_suffix(".cu")

@@ -202,6 +202,59 @@ def test_experts(both, fmt, counts):
     assert np.isnan(metal[0][-1]).all()
 
 
+@pytest.fixture
+def units(both):
+    """mat_vec_units wherever it fits."""
+    tune = (C.c_int * 4).in_dll(both.metal.lib, "fm_metal_tune")
+    tune[3] = 1
+    yield tune
+    tune[3] = 0
+
+
+@pytest.mark.parametrize("n", [1, 3, 5])
+@pytest.mark.parametrize("fmt", ["affine2", "affine4", "affine8"])
+def test_units_matmul(both, units, fmt, n):
+    """Chosen when asked for and only where it fits: aligned codes and x, few rows, up to 4096 columns."""
+    rng = np.random.default_rng(n)
+    for n_cols, skip, pad in ((64, 0, 0), (2368, 0, 4), (4096, 0, 0), (448, 4, 0), (448, 0, 1), (4160, 0, 0)):
+        w, x, got = Matrix(rng, 21, n_cols, fmt), rand(rng, n, n_cols + pad), []
+
+        def setup(b, y, w=w, x=x, skip=skip):
+            m, xb = put(b, w, skip), b.array(x)
+            b.matmul(xb.ctypes.data, x.shape[1], n, items((m, y, None, False)), 1)
+
+        for on in (1, 0):
+            units[3] = on
+            got.append(both.run(setup, (n, 21))[1][0])
+        x64 = x[:, :n_cols].astype(np.float64)
+        near(got[0], x64 @ w.values.T, 2.0**-20 * (np.abs(x64) @ np.abs(w.values.T)))
+        fits = fmt != "affine8" and n <= 4 and n_cols != 448 and n_cols <= 4096
+        assert np.array_equal(*got) != fits
+
+
+@pytest.mark.parametrize("fmt", ["affine2", "affine4"])
+def test_units_experts(both, units, fmt):
+    """gate and up in one pass, ragged counts and gathered rows, then down; as the plain form has them."""
+    rng, counts, got = np.random.default_rng(21), (1, 3, 2), []
+    rows_of = [rng.integers(0, 40, n).astype(np.int32) for n in counts]
+    ws, x = expert_case(rng, fmt, 320, 128, len(counts), rows_of)
+
+    def setup(b, out):
+        xb, gate, up = b.array(x), b.empty((6, 128)), b.empty((6, 128))
+        jobs, at = (H.ExpertJob * len(counts))(), 0
+        for job, e, rows in zip(jobs, ws, rows_of):
+            job.gate, job.up, job.down = (put(b, w) for w in e)
+            job.rows, job.n, job.out0, at = rows.ctypes.data, len(rows), at, at + len(rows)
+        b.experts(C.byref(H.ExpertArgs(xb.ctypes.data, len(x), C.cast(jobs, H.P), len(jobs),
+                                       gate.ctypes.data, up.ctypes.data, out.ctypes.data)))  # fmt: skip
+
+    for on in (1, 0):
+        units[3] = on
+        got.append(both.run(setup, (6, 320))[1][0])
+    assert np.allclose(*got, rtol=1e-4, atol=1e-4 * np.abs(got[1]).max())
+    assert not np.array_equal(*got)
+
+
 @pytest.mark.parametrize("n", [1, 9])
 def test_expert_of_three_formats(both, n):
     """gate, up and down each in its own format: no fused pass, whatever the row count."""

@@ -13,6 +13,7 @@ from oracle_metal import Matrix, at_offset, silu
 FORMATS = ["f32", "f16", "bf16"] + [f"affine{b}" for b in (2, 3, 4, 5, 6, 8)]
 SIZES = [1, 2, 3, 5, 7, 8, 15, 16, 17, 31, 32, 33, 63, 65, 127]
 ORDERS = ["", "rev", "rand7"]
+UNITS = ("affine2", "affine4")  # formats of mat_vec_units
 BOUND = 2.0**-20
 FMT = {"f32": 32, "f16": 16, "bf16": 17, **{f"affine{b}": b for b in (2, 3, 4, 5, 6, 8)}}
 
@@ -50,14 +51,22 @@ def run_mat(kernel, items, w, x, rows=None, vec=0, gated=0, slices=1, teams=2, p
     """One dispatch as the host makes it: `items` share x and the format of w."""
     n_out, n = max(i.n_out for i in items), max(i.n for i in items)
     rows_buf = np.zeros(1, np.int32) if rows is None else rows
-    if kernel == "mat_vec":
+    if kernel == "mat_vec_units":
+        assert w.fmt in UNITS
+        side, vec = slices, 1  # simdgroups that share a row
+        slices = -(-w.shape[1] // (256 * side)) * side
+        per = teams * pairs * (8 if gated else 16)
+        groups, tg = (-(-n_out // per), len(items), n), (32 * side, teams)
+    elif kernel == "mat_vec":
         per = teams * pairs * (1 if gated else 2)
         groups, tg = (-(-n_out // per), len(items), n), 32 * slices * teams
     else:
         tile = CONST["FM_MM_TILE"]
         groups, tg = (-(-n_out // tile), -(-n // tile), len(items)), CONST["FM_MM_THREADS"]
-    name = "matvec" if kernel == "mat_vec" else "matmul"
-    fc = {**constants(w, vec, gated), "FC_LONG": int(w.shape[1] > 1024 * slices)}
+    name = {"mat_vec": "matvec", "mat_vec_units": "matunits", "mat_mul": "matmul"}[kernel]
+    fc = constants(w, vec, gated)
+    if kernel == "mat_vec":
+        fc["FC_LONG"] = int(w.shape[1] > 1024 * slices)
     return lib(name).run(kernel, {0: table(items), 1: mat_args(w, x, rows, slices, pairs), 2: x, 3: rows_buf},
                          groups=groups, tg=tg, fc=fc)  # fmt: skip
 
@@ -214,6 +223,95 @@ def test_gated(fmt, order):
         assert np.isnan(y[n:]).all()
 
 
+# ---- on matrix units
+
+CUTS = [(1, 1, 3), (2, 2, 2), (1, 3, 1), (4, 1, 5)]  # simdgroups that share a row, teams, tiles
+
+
+def units_case(rng, fmt, n_out, n_cols, n=1, group=64, scale="bf16"):
+    w, up = (Matrix(rng, n_out, n_cols, fmt, group, scale).aligned(0) for _ in range(2))
+    return w, up, at_offset(f32(rng, n, n_cols), 0), np.full((n, n_out), np.nan, np.float32)
+
+
+def check_gated(y, w, up, x):
+    x = np.asarray(x, np.float64)
+    gate, other = x @ w.values.T, x @ up.values.T
+    size = np.abs(x) @ np.abs(w.values.T) * (np.abs(other) + 1)
+    size += np.abs(silu(gate)) * (np.abs(x) @ np.abs(up.values.T))
+    assert (np.abs(y - silu(gate) * other) <= BOUND * size).all()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("gated", [0, 1])
+@pytest.mark.parametrize("fmt", UNITS)
+def test_units_sizes(fmt, gated, order):
+    """Odd heights, columns that fill no slice, passes; a row's bits follow from n_cols alone."""
+    rng = np.random.default_rng(11)
+    for n_out, n_cols in ((1, 64), (37, 448), (19, 1024)):
+        w, up, x, _ = units_case(rng, fmt, n_out, n_cols, 2)
+        out = []
+        for side, teams, tiles in CUTS:
+            if n_cols > 512 * side * teams:  # more slices than a threadgroup splits x for
+                continue
+            y = np.full((2, n_out), np.nan, np.float32)
+            with msl.order(order):
+                run_mat("mat_vec_units", [item(w, y, up=up, n=2)], w, x, None, 1, gated, side, teams, tiles)
+            check_gated(y, w, up, x) if gated else check(y, w, x)
+            out.append(y)
+        assert all(np.array_equal(out[0], y) for y in out)
+
+
+@pytest.mark.parametrize("scale", ["bf16", "f16", "f32"])
+@pytest.mark.parametrize("group", [16, 32, 64, 128])
+@pytest.mark.parametrize("fmt", UNITS)
+def test_units_groups(fmt, group, scale):
+    rng = np.random.default_rng(12)
+    w, _, x, y = units_case(rng, fmt, 21, 384, 1, group, scale)
+    run_mat("mat_vec_units", [item(w, y)], w, x, slices=2, teams=1, pairs=2)
+    check(y, w, x)
+
+
+@pytest.mark.parametrize("fmt", UNITS)
+def test_units_widest(fmt):
+    rng = np.random.default_rng(13)
+    w, _, x, y = units_case(rng, fmt, 17, 4096)
+    run_mat("mat_vec_units", [item(w, y)], w, x, slices=8, teams=1, pairs=10)
+    check(y, w, x)
+
+
+@pytest.mark.parametrize("fmt", UNITS)
+def test_units_items(fmt):
+    """Several matrices, ragged counts, one without a job; bias, y += and gathered rows."""
+    rng = np.random.default_rng(14)
+    big, small = (Matrix(rng, n, 128, fmt).aligned(0) for n in (41, 6))
+    x, rows = at_offset(f32(rng, 9, 128), 0), np.array([5, 0, 8, 3, 3, 7], np.int32)
+    bias, y0 = f32(rng, 41), np.ones((4, 41), np.float32)
+    y1 = np.full((3, 6), np.nan, np.float32)
+    none = args("fm_metal_item", n_out=41, ldy=41, n=1)
+    items = [item(big, y0, bias=bias, n=4, add=1), none, item(small, y1, n=2, row0=4)]
+    run_mat("mat_vec_units", items, big, x, rows=rows, slices=1, teams=2, pairs=2)
+    check(y0 - np.float32(1), big, x[rows[:4]], bias.astype(np.float64))
+    check(y1[:2], small, x[rows[4:]])
+    assert np.isnan(y1[2]).all()
+
+
+@pytest.mark.parametrize("fmt", UNITS)
+def test_units_range(fmt):
+    """x of any size is scaled; what is not finite stays in its row."""
+    rng = np.random.default_rng(15)
+    w, _, x, y = units_case(rng, fmt, 18, 576, 9)
+    for row, factor in enumerate((1e30, 1e-30, 1e36, 1e-36, 0.0)):
+        x[row] *= np.float32(factor)
+    x[1, 256:] *= np.float32(1e4)  # the largest is another simdgroup's
+    x[5] *= np.exp(rng.uniform(-20, 20, 576)).astype(np.float32)
+    x[6, 7], x[7, 100] = np.nan, np.inf
+    x[8] = np.abs(x[8]) * np.float32(1e-3)
+    run_mat("mat_vec_units", [item(w, y, n=9)], w, x, slices=3, teams=1, pairs=2)
+    finite = [0, 1, 2, 3, 4, 5, 8]
+    check(y[finite], w, x[finite])
+    assert (y[4] == 0).all()
+    assert not np.isfinite(y[[6, 7]]).any()
+
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_embed(fmt):
     rng = np.random.default_rng(6)
@@ -240,7 +338,7 @@ def test_plain_odd(n_out, n_cols):
     check(y, w, x)
 
 
-SUBSET = "test_items or (test_any_address and 3) or (test_formats and 33-127) or (test_gated and not rev) or (test_embed and 3)"
+SUBSET = "(test_units and not test_units_sizes and not widest and not (groups and not 32)) or test_items or (test_any_address and 3) or (test_formats and 33-127) or (test_gated and not rev) or (test_embed and 3)"
 
 
 @in_child

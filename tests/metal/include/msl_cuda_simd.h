@@ -33,6 +33,7 @@ MSL_SHUFFLE(msl_bfly, __nvvm_shfl_sync_bfly_i32)
     }
 MSL_REDUCE(simd_sum, a + b)
 MSL_REDUCE(simd_max, a > b ? a : b)
+MSL_DEV inline unsigned simd_max(unsigned a) { return __nvvm_redux_sync_umax(a, ~0); }
 MSL_REDUCE(simd_min, a < b ? a : b)
 MSL_REDUCE(simd_or, a | b)
 MSL_REDUCE(simd_and, a & b)
@@ -97,6 +98,47 @@ MSL_DEV inline void simdgroup_multiply_accumulate(simdgroup_matrix<D, 8, 8> &d,
     }
     d.e[0] = (D)s0;
     d.e[1] = (D)s1;
+}
+// Matrix units (kernels/units.h) as mma.m16n8k16: k of a product are two columns of each of two words.
+// Lane 4r + q holds rows r and r + 8; of the second matrix, lane 4n + q holds columns q of n.
+// Weights are read as global memory that nothing writes: through generic addresses, which is all that
+// the compiler sees, loads would wait for stores to shared memory.
+MSL_DEV inline vec<unsigned, 4> mu_load16(const unsigned char *p) {
+    unsigned x, y, z, w;
+    asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x), "=r"(y), "=r"(z), "=r"(w) : "l"(p));
+    return vec<unsigned, 4>{x, y, z, w};
+}
+MSL_DEV inline unsigned mu_load4(const unsigned char *p) {
+    unsigned v;
+    asm("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(p));
+    return v;
+}
+MSL_DEV inline unsigned mu_load2(const unsigned char *p) {
+    unsigned short v;
+    asm("ld.global.nc.u16 %0, [%1];" : "=h"(v) : "l"(p));
+    return v;
+}
+MSL_DEV inline unsigned mu_row(unsigned lane) { return lane / 4; }
+MSL_DEV inline unsigned mu_quad(unsigned lane) { return lane % 4; }
+constexpr unsigned short MU_NEXT = 1, MU_AFTER = 2;
+struct mu_sums {
+    float c[4];
+};
+MSL_DEV inline void mu_clear(mu_sums &s) { s.c[0] = s.c[1] = s.c[2] = s.c[3] = 0.0f; }
+MSL_DEV inline vec<float, 2> mu_sum(mu_sums &s, unsigned h) {
+    return vec<float, 2>{s.c[2 * h], s.c[2 * h + 1]};
+}
+MSL_DEV inline unsigned mu_x_word(vec<half, 2> high, vec<half, 2> low, unsigned p) {
+    unsigned w;
+    __builtin_memcpy(&w, p == 0 ? &high : &low, 4);
+    return w;
+}
+MSL_DEV inline void mu_add2(mu_sums &s, vec<unsigned, 2> row, vec<unsigned, 2> row8,
+                            vec<unsigned, 2> x) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, "
+        "{%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(s.c[0]), "+f"(s.c[1]), "+f"(s.c[2]), "+f"(s.c[3])
+        : "r"(row[0]), "r"(row8[0]), "r"(row[1]), "r"(row8[1]), "r"(x[0]), "r"(x[1]));
 }
 } // namespace metal
 #endif
