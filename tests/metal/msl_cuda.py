@@ -25,7 +25,7 @@ import numpy as np
 HERE = Path(__file__).resolve().parent
 TESTS = ["test_metal_mat.py", "test_metal_ops.py", "test_metal_mixers.py"]
 SELECT = "not sanitizers and not rev and not rand7"
-KERNEL_FC = {"matvec", "matmul", "attention", "delta"}  # files that look at function constants
+KERNEL_FC = {"matvec", "matunits", "matmul", "attention", "delta"}  # files that look at function constants
 
 
 def variant(name, fc):
@@ -181,11 +181,12 @@ def pack(directory):
     cmd += ["-p", "no:cacheprovider", "-k", SELECT, *[HERE / t for t in TESTS]]
     subprocess.run([str(c) for c in cmd], env={**os.environ, "MSL_CUDA_RECORD": str(log)},
                    check=True)  # fmt: skip
-    from msl_cuda_bench import bench_constants
+    from msl_cuda_bench import KERNELS, bench_constants
 
     wanted = {}
     rows = [json.loads(line) for line in log.read_text().splitlines()]
-    rows += [("matvec", bench_constants(b, g)) for b in (2, 4) for g in (0, 1)] + [("copy", {})]
+    rows += [(k, bench_constants(b, g)) for k in KERNELS.values() for b in (2, 4) for g in (0, 1)]
+    rows += [("copy", {})]
     for name, fc in rows:
         file, fc = variant(name, fc)
         wanted[file] = (name, fc, directory / file)

@@ -3,12 +3,14 @@
 Ten experts in one dispatch, random weights, as many sets of experts in turn as keep them out of the
 L2 cache. Launches are replayed from a graph, so that the host's time does not count: one after
 the other, as a token has them, and over four streams, which hides what a launch costs. Each line's
-`error` is the worst of some rows against float64, in units of the kernel's bound.
+`error` is the worst of some rows against float64, in units of the kernel's bound; `of_copy` compares
+with a long copy, `of_same_copy` with copies of as many bytes launched in the same way.
 """
 
 from __future__ import annotations
 
 import ctypes as C
+import itertools
 import json
 import os
 
@@ -16,6 +18,7 @@ import numpy as np
 from metal_args import CONST, args, table
 from msl_cuda import Args, alloc, call, function
 
+KERNELS = {"mat_vec": "matvec", "mat_vec_units": "matunits"}  # and their files
 HIDDEN, WIDTH, EXPERTS, GROUP = 4096, 1024, 10, 64
 SET_BYTES = 400 << 20  # of all sets; the L2 of an H200 holds 60 MB
 
@@ -116,10 +119,16 @@ def shape_bytes(bits, gated):
 class Case:
     """One dispatch's weights, in many sets, and what some rows of its result should be."""
 
-    def __init__(self, bits, gated, rng):
+    def __init__(self, bits, gated, rng, kernel="mat_vec"):
         self.bits, self.gated, self.matrices = bits, gated, 1 + gated
         self.n_out, self.n_cols = (WIDTH, HIDDEN) if gated else (HIDDEN, WIDTH)
-        self.slices, self.pairs = (4, 16) if gated else (1, 8)  # as the host cuts these shapes
+        # as the host cuts these shapes: simdgroups side by side, teams of them, pairs or tiles
+        tiles = 10 if bits == 2 else 5
+        cuts = {"mat_vec": ((1, 4, 8), (4, 1, 16)), "mat_vec_units": ((4, 1, tiles), (8, 1, tiles))}
+        side, self.teams, self.pairs = cuts[kernel][gated]
+        self.slices = self.n_cols // 256 if kernel == "mat_vec_units" else side
+        self.threads = (CONST["FM_WIDTH"] * side, self.teams, 1)
+        self.rows = self.teams * self.pairs * (2 - gated) * (8 if kernel == "mat_vec_units" else 1)
         self.codes, self.scales = self.n_cols * bits // 8, self.n_cols // GROUP * 2
         self.matrix = self.n_out * (self.codes + 2 * self.scales)
         self.bytes = self.matrix * self.matrices * EXPERTS
@@ -202,21 +211,21 @@ def bench(directory):
                           "GBps_4_streams": round(speeds[1] / 1e9)}))  # fmt: skip
     print(json.dumps({"copy_kernel_GBps": round(copy / 1e9), "copy_driver_GBps": round(driver / 1e9),
                       "counted": "read + written"}))  # fmt: skip
-    for bits, gated in cases:
-        case = Case(bits, gated, np.random.default_rng(1))
+    for kernel, (bits, gated) in itertools.product(KERNELS, cases):
+        case = Case(bits, gated, np.random.default_rng(1), kernel)
         fc = tuple(sorted(bench_constants(bits, gated).items()))
-        fn = function(str(directory), "matvec", fc, "mat_vec")
-        simdgroups = CONST["FM_MV_SIMDGROUPS"]
-        rows = simdgroups // case.slices * case.pairs * (1 if gated else 2)
-        groups, tg = (-(-case.n_out // rows), EXPERTS, 1), (32 * simdgroups, 1, 1)
+        fn = function(str(directory), KERNELS[kernel], fc, kernel)
+        groups, tg = (-(-case.n_out // case.rows), EXPERTS, 1), case.threads
         call("cuMemsetD8_v2", C.c_uint64(case.y), 255, C.c_size_t(4 * EXPERTS * case.n_out))
         works = [kernel_work(fn, a, groups, tg) for a in case.args]
-        line = {"bits": bits, "matrix": "gate+up" if gated else "down", "experts": EXPERTS,
+        line = {"kernel": kernel, "bits": bits, "matrix": "gate+up" if gated else "down", "experts": EXPERTS,
                 "MB": round(case.bytes / 1e6, 1), "error": 0.0}  # fmt: skip
         for name, streams in (("", 1), ("_4_streams", 4)):
             t = seconds(works, streams)
+            same = short[cases.index((bits, gated))][streams > 1]
             line |= {"us" + name: round(t * 1e6, 2), "GBps" + name: round(case.bytes / t / 1e9),
-                     "of_copy" + name: round(case.bytes / t / copy, 3)}  # fmt: skip
+                     "of_copy" + name: round(case.bytes / t / copy, 3),
+                     "of_same_copy" + name: round(case.bytes / t / same, 3)}  # fmt: skip
         line["error"] = round(case.error(), 3)
         print(json.dumps(line), flush=True)
         case.free()

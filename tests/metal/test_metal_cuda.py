@@ -33,7 +33,7 @@ gpu = pytest.mark.skipif(not has_gpu(), reason="no NVIDIA GPU")
 
 @toolkit
 @in_child
-@pytest.mark.parametrize("name", ["matvec", "matmul", "rows", "attention", "delta", "topk"])
+@pytest.mark.parametrize("name", ["matvec", "matunits", "matmul", "rows", "attention", "delta", "topk"])
 def test_compiles(name, tmp_path):
     fc = {**bench_constants(4, 1), "FC_DIM": 128}
     file, fc = msl_cuda.variant(name, fc)
@@ -53,6 +53,6 @@ def test_on_gpu(tool, tmp_path_factory):
     env = dict(os.environ)
     if tool:
         env["MSL_CUDA_TOOL"] = f"compute-sanitizer --error-exitcode 9 --tool {tool}"
-        env["MSL_CUDA_SELECT"] = f"({msl_cuda.SELECT}) and (33 or items or gated or route)"
+        env["MSL_CUDA_SELECT"] = f"({msl_cuda.SELECT}) and (33 or items or gated or route or units)"
     cmd = [sys.executable, str(HERE / "msl_cuda.py"), "test", str(folder)]
     assert subprocess.run(cmd, env=env, cwd=HERE).returncode == 0
