@@ -35,6 +35,13 @@ FM_INLINE int64_t plain_bytes(fm_quant format) { return format == FM_QUANT_F32 ?
 #define V_KEEP(v) ((void)0)
 #endif
 
+/* Loads v and no more. */
+#if defined(__x86_64__)
+#define V_TOUCH(v) __asm__ volatile("" ::"v"(v))
+#else
+#define V_TOUCH(v) ((void)(v))
+#endif
+
 /* Every second element of a, then of b. */
 #if VB == 64
 #define V_EVEN(a, b)                                                                               \
@@ -129,6 +136,34 @@ FM_INLINE vf vf_exp(vf x)
     p = p * (vf)((half + 127) << 23) * (vf)((k - half + 127) << 23);
     p = vf_select(high, vf_set(INFINITY), vf_select(low, (vf){0}, p));
     return vf_select(nan, x, p);
+}
+
+/* x where limit <= at or at is NaN, else 0. */
+FM_INLINE vf vf_from(vf x, vf at, float limit)
+{
+#if VB == 64
+    return (vf)_mm512_maskz_mov_ps(_mm512_cmp_ps_mask((__m512)at, (__m512)vf_set(limit), _CMP_NLT_UQ), (__m512)x);
+#else
+    return vf_select(at < vf_set(limit), (vf){0}, x);
+#endif
+}
+
+/* vf_exp of x <= 0 or NaN: the same bits for half the work. */
+FM_INLINE vf vf_exp_down(vf x)
+{
+    const float low = -87.33654f;
+    const vf y = vf_from(x, x, low);
+    const vi k = vf_round_i(y * vf_set(1.44269504088896f)); /* -126 <= k <= 0: one factor will do */
+    const vf kf = __builtin_convertvector(k, vf);
+    const vf r = vf_fma(kf, -vf_set(1.42860682030941723e-6f), vf_fma(kf, -vf_set(0.693145751953125f), y));
+    vf p = vf_set(1.0f / 5040);
+    p = vf_fma(p, r, vf_set(1.0f / 720));
+    p = vf_fma(p, r, vf_set(1.0f / 120));
+    p = vf_fma(p, r, vf_set(1.0f / 24));
+    p = vf_fma(p, r, vf_set(1.0f / 6));
+    p = vf_fma(p, r, vf_set(0.5f));
+    p = vf_fma(p, r * r, r) + vf_set(1.0f);
+    return vf_from(p * (vf)((k + 127) << 23), x, low);
 }
 
 /* 1 / (1 + e^-x): bound 4u relative, and 0 where e^-x overflows. */

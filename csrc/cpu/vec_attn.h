@@ -2,7 +2,7 @@
  * parts of FM_ATTN_PART that are summed apart and then put together in order. So a query's result depends neither on
  * which other queries are in the call nor on who computes which part. A "query" is one head of one row; all queries of
  * a call read the same KV head.
- *   scores: vec_attn_scores.h.
+ *   scores: vec_attn_scores.h. The few queries of one row take another way through K and V: vec_attn_walk.h.
  *   values: lanes = dims. Sums of p * V are f32; a tile adds its positions in rising order.
  * ATTN_TILES, if defined, names a function that may do a part in another way, always the same for a format and head_dim. */
 #ifndef FM_CPU_VEC_ATTN_H
@@ -45,12 +45,12 @@ FM_INLINE void attn_softmax(attn_query *q, float *s, int64_t have, float scale, 
     const vf shift = vf_set(now == -INFINITY ? 0 : now); /* all scores -inf: weights 0, the result is NaN */
     vf total = {0};
     for (int64_t i = 0; i < ATTN_TILE; i += VL) {
-        const vf p = vf_exp(vf_load(s + i) - shift);
+        const vf p = vf_exp_down(vf_load(s + i) - shift);
         vf_store(s + i, p);
         total += p;
     }
     if (now > q->top) {
-        const vf shrink = vf_exp(vf_set(q->top) - shift); /* first tile: e^-inf = 0 */
+        const vf shrink = vf_exp_down(vf_set(q->top) - shift); /* first tile: e^-inf = 0 */
         attn_scale(q->part, hd, shrink);
         q->total *= shrink[0];
         q->top = now;
@@ -189,12 +189,25 @@ FM_INLINE void attn_part_end(const attn_query *q, int64_t nq, int64_t hd)
     }
 }
 
+#if FM_VEC_ISA == FM_VEC_AVX512
+#include "cpu/vec_attn_walk.h"
+#define ATTN_WALKS(q, nq, hd)                                                                      \
+    ((nq) == WALK_Q && (q)[0].n_pos == (q)[(nq) - 1].n_pos && (hd) % VL == 0 && (hd) <= ATTN_DIMS)
+#endif
+
 /* One pass of nq <= ATTN_MAX queries over K and V from position t0, where a part begins. */
 FM_INLINE void attn_part(attn_query *q, int64_t nq, const fm_kv_head *kv, int64_t t0, int64_t hd, float scale,
                          fm_quant plain)
 {
     _Alignas(64) float s[ATTN_MAX][ATTN_TILE];
-    for (attn_walk w = attn_part_begin(q, nq, t0, hd); attn_part_step(&w, kv, hd, plain);) {
+    attn_walk w = attn_part_begin(q, nq, t0, hd);
+#ifdef ATTN_WALKS
+    if (ATTN_WALKS(q, nq, hd)) { /* whole tiles; another one is the last of all */
+        w.end = walk_part(q, kv, t0, hd, scale, plain);
+        w.t0 = w.end > t0 ? t0 : w.end;
+    }
+#endif
+    while (attn_part_step(&w, kv, hd, plain)) {
         attn_scores(w.live, w.n, kv, hd, w.t0, w.end, s, &w.next, plain);
         for (int64_t i = 0; i < w.n; i++)
             attn_softmax(&w.live[i], s[i], attn_have(&w.live[i], w.t0), scale, hd);
@@ -238,7 +251,7 @@ FM_INLINE void attn_fold(attn_query *q, const float *part, int64_t hd)
 {
     const int64_t at = fm_attn_part_floats(hd) - 16;
     const float now = part[at] > q->top ? part[at] : q->top, shift = now == -INFINITY ? 0 : now;
-    const vf keep = vf_exp(vf_set(q->top - shift)), add = vf_exp(vf_set(part[at] - shift));
+    const vf keep = vf_exp_down(vf_set(q->top - shift)), add = vf_exp_down(vf_set(part[at] - shift));
     int64_t d = 0;
     for (; d + VL <= hd; d += VL)
         vf_store(q->y + d, vf_fma(vf_load(part + d), add, vf_load(q->y + d) * keep));
