@@ -72,8 +72,9 @@ typedef struct fm_kv_head {
 
 enum {
     FM_ATTN_PASS = 128, /* queries (rows x heads of a KV head) that share one pass over K and V */
-    /* Positions of a part. Every query is summed part by part, so its bits are the same whoever computes the parts. */
-    FM_ATTN_PART = 512,
+    /* Positions of a part. Every query is summed part by part, so its bits are the same whoever computes the parts. Less
+     * costs more starts and more to put together, more shares short contexts among fewer threads. */
+    FM_ATTN_PART = 1024,
     FM_ATTN_FEW_ROWS = 4, /* of a span: up to here the CPU backend divides the positions among threads */
 };
 
