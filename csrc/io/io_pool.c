@@ -21,6 +21,7 @@ typedef struct pool {
     pthread_cond_t work, completed;
     fm_io_queue queued[FM_IO_N_PRIORITIES], done;
     int n_speculative, max_speculative; /* being read at once */
+    int n_idle, n_waking;               /* workers that sleep; of them, those that were signalled already */
     int min_done;                       /* what the waiter waits for; 0: nobody waits */
     bool stop;
     int n_workers;
@@ -76,13 +77,22 @@ static void read_request(pool *p, fm_io_req *r)
     fm_io_stop(r);
 }
 
+/* As many sleepers as there is work that may start: more would only take time from those who compute. With the lock. */
+static void wake(pool *p)
+{
+    const int room = p->max_speculative - p->n_speculative, guesses = p->queued[1].n;
+    for (int n = p->queued[0].n + (guesses < room ? guesses : room) - p->n_waking; n > 0 && p->n_waking < p->n_idle; n--) {
+        p->n_waking++;
+        pthread_cond_signal(&p->work);
+    }
+}
+
 /* The device has done its part: the next guess may be read while this one is checked. */
 static void end_guess(pool *p)
 {
     pthread_mutex_lock(&p->lock);
     p->n_speculative--;
-    if (p->queued[1].n > 0)
-        pthread_cond_signal(&p->work);
+    wake(p);
     pthread_mutex_unlock(&p->lock);
 }
 
@@ -93,7 +103,10 @@ static void *worker_main(void *arg)
     while (!p->stop) {
         fm_io_req *const r = fm_io_queue_pop_next(p->queued, p->n_speculative, p->max_speculative);
         if (r == NULL) {
+            p->n_idle++;
             pthread_cond_wait(&p->work, &p->lock);
+            p->n_idle--;
+            p->n_waking -= p->n_waking > 0;
             continue;
         }
         const bool guess = r->priority == 1;
@@ -178,10 +191,7 @@ fm_status fm_io_pool_submit(void *state, fm_io_req *const *reqs, int n)
     pthread_mutex_lock(&p->lock);
     for (int i = 0; i < n; i++)
         fm_io_queue_push(&p->queued[reqs[i]->priority], reqs[i]);
-    if (n == 1)
-        pthread_cond_signal(&p->work);
-    else
-        pthread_cond_broadcast(&p->work);
+    wake(p);
     pthread_mutex_unlock(&p->lock);
     return FM_OK;
 }
@@ -222,6 +232,6 @@ void fm_io_pool_promote(void *state, fm_io_req *req)
     pool *const p = state;
     pthread_mutex_lock(&p->lock);
     if (fm_io_queue_promote(p->queued, req))
-        pthread_cond_signal(&p->work);
+        wake(p);
     pthread_mutex_unlock(&p->lock);
 }
