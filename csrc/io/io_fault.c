@@ -53,7 +53,7 @@ static bool strikes(const fault *f, fault_kind kind, int64_t seq)
 static int64_t on_part(void *ctx, const fm_io_req *req, const fm_io_part *part, int64_t result)
 {
     const fault *const f = ctx;
-    if (f->delay_us > 0 && f->base->waiter_reaps) {
+    if (f->delay_us > 0 && f->base->one_reaper) {
         /* The thread that sees this must not sleep: let it ask again until the time has come. */
         if (fm_clock_ns() - req->ns_read < f->delay_us * 1000)
             return -EAGAIN;

@@ -22,7 +22,7 @@ typedef struct fm_io_part {
 typedef struct fm_io_method {
     const char *name;
     bool can_direct;
-    bool waiter_reaps; /* parts are seen by whoever waits or submits, so nothing there may sleep */
+    bool one_reaper; /* one thread at a time sees the parts of all, so nothing there may sleep */
     /* io has its files open and caps set; *state is handed to the other calls. */
     fm_status (*open)(fm_io *io, const fm_io_opts *opts, void **state);
     void (*close)(void *state);

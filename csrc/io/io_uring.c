@@ -1,6 +1,6 @@
-/* Owns: reading through one Linux io_uring, by the kernel's ABI (no liburing). There is no thread
- * of our own: whoever submits or waits fills the ring, and the waiter alone reaps while it sleeps
- * in the kernel. A request that is dropped meanwhile (cancel) therefore wakes it with a no-op. */
+/* Owns: reading through one Linux io_uring, by the kernel's ABI (no liburing). Whoever submits fills
+ * the ring. A few helper threads take turns: one leads, that is, it sleeps in the kernel, reaps what
+ * was read and fills the ring again; the others check what was read and hand it on. */
 #include "io/io_method.h"
 
 #if defined(__linux__) && defined(__has_include)
@@ -12,8 +12,6 @@
 #if defined(HAVE_IO_URING)
 #include <errno.h>
 #include <linux/io_uring.h>
-#include <poll.h>
-#include <pthread.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
@@ -23,9 +21,9 @@
 #include "base/clock.h"
 #include "base/log.h"
 #include "base/mem.h"
-#include "io/io_queue.h"
+#include "io/io_waiter.h"
 
-enum { DEFAULT_DEPTH = 64, MAX_DEPTH = 1024, SPARE = 4 /* ring entries for no-ops */ };
+enum { DEFAULT_DEPTH = 16, MAX_DEPTH = 1024, HELPERS = 2, SPARE = 4 /* ring entries for no-ops */ };
 #define WAKE_UP UINT64_MAX /* user_data of a no-op; others are slot numbers */
 
 typedef struct slot {
@@ -37,8 +35,11 @@ typedef struct ring {
     fm_io *io;
     int fd;
     bool fixed_files;
-    pthread_mutex_t lock;
-    bool waiting; /* the waiter sleeps in the kernel or is about to */
+    fm_io_waiter out;
+    pthread_cond_t work;
+    bool led, stop; /* led: a helper sleeps in the kernel or is about to */
+    pthread_t helpers[HELPERS];
+    int n_helpers;
     /* the kernel's rings, in one mapping */
     void *rings;
     size_t rings_bytes, sqes_bytes;
@@ -46,8 +47,8 @@ typedef struct ring {
     struct io_uring_cqe *cqes;
     unsigned *sq_head, *sq_tail, *cq_head, *cq_tail, *sq_array;
     unsigned sq_mask, cq_mask;
-    /* requests: queued -> a slot in the ring -> done */
-    fm_io_queue queued[FM_IO_N_PRIORITIES], done;
+    /* requests: queued -> a slot in the ring -> read -> done */
+    fm_io_queue queued[FM_IO_N_PRIORITIES], read;
     slot *slots;
     int *free_slots;
     int depth, n_free, n_speculative;
@@ -125,8 +126,7 @@ static void advance(ring *r, int i, int64_t result)
     }
     free_slot(r, i);
     fm_io_stop(req);
-    req->state = FM_IO_DONE;
-    fm_io_queue_push(&r->done, req);
+    fm_io_queue_push(&r->read, req);
 }
 
 static void reap(ring *r)
@@ -155,8 +155,7 @@ static void fail_unsubmitted(ring *r, int err)
         req->err = err;
         free_slot(r, (int)i);
         fm_io_stop(req);
-        req->state = FM_IO_DONE;
-        fm_io_queue_push(&r->done, req);
+        fm_io_queue_push(&r->read, req);
     }
 }
 
@@ -190,101 +189,97 @@ static void pump(ring *r)
     }
 }
 
+/* Whether a helper that sleeps would find something to do. */
+static bool has_work(const ring *r)
+{
+    return r->read.n > 0 || (!r->led && n_in_kernel(r) > 0);
+}
+
+static void call_helper(ring *r)
+{
+    if (has_work(r))
+        pthread_cond_signal(&r->work);
+}
+
+static void lead(ring *r)
+{
+    r->led = true;
+    pthread_mutex_unlock(&r->out.lock);
+    (void)ring_enter(r->fd, 0, 1, IORING_ENTER_GETEVENTS);
+    pthread_mutex_lock(&r->out.lock);
+    r->led = false;
+    reap(r);
+    pump(r);
+}
+
+static void check(ring *r, fm_io_req *req)
+{
+    call_helper(r);
+    pthread_mutex_unlock(&r->out.lock);
+    fm_io_finish(r->io, req);
+    pthread_mutex_lock(&r->out.lock);
+    fm_io_waiter_complete(&r->out, req);
+}
+
+static void *helper_main(void *arg)
+{
+    ring *const r = arg;
+    pthread_mutex_lock(&r->out.lock);
+    while (!r->stop) {
+        fm_io_req *const req = fm_io_queue_pop(&r->read);
+        if (req != NULL)
+            check(r, req);
+        else if (has_work(r))
+            lead(r);
+        else
+            pthread_cond_wait(&r->work, &r->out.lock);
+    }
+    pthread_mutex_unlock(&r->out.lock);
+    return NULL;
+}
+
 static fm_status submit_uring(void *state, fm_io_req *const *reqs, int n)
 {
     ring *const r = state;
-    pthread_mutex_lock(&r->lock);
+    pthread_mutex_lock(&r->out.lock);
     for (int i = 0; i < n; i++)
         fm_io_queue_push(&r->queued[reqs[i]->priority], reqs[i]);
-    if (!r->waiting)
-        reap(r);
     pump(r);
-    pthread_mutex_unlock(&r->lock);
+    call_helper(r);
+    pthread_mutex_unlock(&r->out.lock);
     return FM_OK;
-}
-
-/* How many completions are worth waking up for: all missing ones, unless more stand by. */
-static unsigned worth_waiting(const ring *r, int n_missing)
-{
-    const int n = n_in_kernel(r);
-    for (int i = 0; i < FM_IO_N_PRIORITIES; i++)
-        if (r->queued[i].n > 0)
-            return 1;
-    return (unsigned)(n_missing < n ? n_missing : n > 1 ? n : 1);
-}
-
-/* Sleep until something completes; false when the time is up. */
-static bool sleep_in_kernel(const ring *r, unsigned n_wait, int64_t deadline_ns)
-{
-    if (deadline_ns < 0) {
-        (void)ring_enter(r->fd, 0, n_wait, IORING_ENTER_GETEVENTS);
-        return true;
-    }
-    const int64_t left = deadline_ns - fm_clock_ns();
-    if (left <= 0)
-        return false;
-    struct pollfd p = {.fd = r->fd, .events = POLLIN};
-    (void)poll(&p, 1, (int)(left / 1000000 < 1000 ? (left + 999999) / 1000000 : 1000));
-    return true;
 }
 
 static fm_status wait_uring(void *state, fm_io_req **done, int max_done, int min_done,
                             int64_t timeout_ns, int *n_done)
 {
     ring *const r = state;
-    const int64_t deadline = timeout_ns < 0 ? -1 : fm_clock_ns() + timeout_ns;
-    int n = 0;
-    pthread_mutex_lock(&r->lock);
-    r->waiting = true;
-    for (bool in_time = true; in_time;) {
-        reap(r);
-        pump(r);
-        if (r->done.n >= min_done)
-            break;
-        const unsigned n_wait = worth_waiting(r, min_done - r->done.n);
-        pthread_mutex_unlock(&r->lock);
-        in_time = sleep_in_kernel(r, n_wait, deadline);
-        pthread_mutex_lock(&r->lock);
-    }
-    r->waiting = false;
-    while (n < max_done && r->done.n > 0)
-        done[n++] = fm_io_queue_pop(&r->done);
-    pthread_mutex_unlock(&r->lock);
-    for (int i = 0; i < n; i++)
-        if (done[i]->status != FM_ERR_CANCELLED)
-            fm_io_finish(r->io, done[i]);
-    *n_done = n;
+    fm_io_waiter_wait(&r->out, done, max_done, min_done, timeout_ns, n_done);
     return FM_OK;
 }
 
 static void cancel_uring(void *state, fm_io_req *req)
 {
     ring *const r = state;
-    pthread_mutex_lock(&r->lock);
+    pthread_mutex_lock(&r->out.lock);
     if (req->state == FM_IO_QUEUED && fm_io_queue_remove(&r->queued[req->priority], req)) {
         req->status = FM_ERR_CANCELLED;
-        req->state = FM_IO_DONE;
         req->ns_queued = fm_clock_ns() - req->ns_queued;
-        fm_io_queue_push(&r->done, req);
-        if (r->waiting && n_unsubmitted(r) == 0) {
-            struct io_uring_sqe *const e = next_sqe(r);
-            e->opcode = IORING_OP_NOP;
-            e->user_data = WAKE_UP;
-            push_sqe(r);
-            pump(r);
-        }
+        fm_io_waiter_complete(&r->out, req);
     }
-    pthread_mutex_unlock(&r->lock);
+    pthread_mutex_unlock(&r->out.lock);
 }
 
-/* Into the ring at once: a sleeping waiter would fill it only when something completes. */
+/* Into the ring at once: a leader would fill it only when something completes. */
 static void promote_uring(void *state, fm_io_req *req)
 {
     ring *const r = state;
-    pthread_mutex_lock(&r->lock);
-    if (fm_io_queue_promote(r->queued, req))
+    pthread_mutex_lock(&r->out.lock);
+    if (fm_io_queue_promote(r->queued, req)) {
         pump(r);
-    pthread_mutex_unlock(&r->lock);
+        call_helper(r);
+    }
+    pthread_mutex_unlock(&r->out.lock);
 }
 
 static void unmap_ring(ring *r)
@@ -300,18 +295,35 @@ static void unmap_ring(ring *r)
     fm_free(r);
 }
 
+static void stop_helpers(ring *r)
+{
+    pthread_mutex_lock(&r->out.lock);
+    r->stop = true;
+    memset(r->queued, 0, sizeof(r->queued));
+    if (r->led) { /* it sleeps in the kernel */
+        struct io_uring_sqe *const e = next_sqe(r);
+        e->opcode = IORING_OP_NOP;
+        e->user_data = WAKE_UP;
+        push_sqe(r);
+        pump(r);
+    }
+    pthread_cond_broadcast(&r->work);
+    pthread_mutex_unlock(&r->out.lock);
+    for (int i = 0; i < r->n_helpers; i++)
+        pthread_join(r->helpers[i], NULL);
+}
+
 static void close_uring(void *state)
 {
     ring *const r = state;
-    pthread_mutex_lock(&r->lock);
-    memset(r->queued, 0, sizeof(r->queued));
+    stop_helpers(r);
     /* The kernel still writes to the callers' memory: stay until it has finished. */
     for (reap(r); r->n_free < r->depth; reap(r)) {
         pump(r);
         (void)ring_enter(r->fd, 0, 1, IORING_ENTER_GETEVENTS);
     }
-    pthread_mutex_unlock(&r->lock);
-    pthread_mutex_destroy(&r->lock);
+    pthread_cond_destroy(&r->work);
+    fm_io_waiter_destroy(&r->out);
     unmap_ring(r);
 }
 
@@ -390,12 +402,19 @@ static fm_status open_uring(fm_io *io, const fm_io_opts *opts, void **state)
     r->io = io;
     r->fd = -1;
     r->depth = depth;
-    const fm_status s = start_ring(r);
+    fm_status s = start_ring(r);
     if (s != FM_OK) {
         unmap_ring(r);
         return s;
     }
-    pthread_mutex_init(&r->lock, NULL);
+    fm_io_waiter_init(&r->out);
+    pthread_cond_init(&r->work, NULL);
+    /* one read at a time is handed on in order */
+    s = fm_io_start_threads(r->helpers, depth < HELPERS ? depth : HELPERS, helper_main, r, &r->n_helpers);
+    if (s != FM_OK) {
+        close_uring(r);
+        return s;
+    }
     *state = r;
     return FM_OK;
 }
@@ -403,7 +422,7 @@ static fm_status open_uring(fm_io *io, const fm_io_opts *opts, void **state)
 const fm_io_method fm_io_method_uring = {
     .name = "uring",
     .can_direct = true,
-    .waiter_reaps = true,
+    .one_reaper = true,
     .open = open_uring,
     .close = close_uring,
     .submit = submit_uring,
