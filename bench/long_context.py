@@ -3,11 +3,15 @@
     python bench/long_context.py MODEL [--contexts 1024,32768] [--kv-format f32,f16] [--steps 16]
 
 The cache is not computed but filled with noise (a saved session that is made up), so 32K tokens
-take no minutes; a prompt brings the experts into memory first.  One JSON line per setting: seconds
-per token and in attention, bytes of K and V that a token reads, their rate, the roof (all threads
-reading memory: `bench_kernels` after each, which `make -C bench` builds), and resident memory
-beside the plan.  `growth_over_bytes` is the verdict: the time that a token takes longer than at the
-first context, over the time that the roof needs for the K and V in between; 1 or less is the aim.
+take no minutes; a prompt brings the experts into memory first.  The contexts take turns, two tokens
+of each, of which the second counts, in one order and then in the other: a machine's speed drifts by
+more than what is measured, and a few percent hang on what ran before.  One JSON line per context:
+medians of the seconds per token and in attention, bytes of K and V that a token reads, their rate,
+the roof (all threads reading memory: `bench_kernels` before and after, which `make -C bench`
+builds), and resident memory beside the plan.  `growth_over_bytes` is the verdict: the time that a
+token takes longer than that of the first context beside it, over the time that the roof needs for
+the K and V in between; 1 or less is the aim.  `attention_growth_over_bytes` is that of the
+attention blocks alone.
 """
 
 from __future__ import annotations
@@ -24,7 +28,7 @@ import numpy as np
 
 from flashmoe.perf.machine import identity
 from flashmoe.perf.runner import Runner
-from flashmoe.system import resident_bytes
+from flashmoe.system import core_count, resident_bytes
 
 HEADER = struct.Struct("<8s9q")  # save_header of csrc/model/state.c
 POS = 3
@@ -56,40 +60,65 @@ def read_gb_per_s(program: Path, threads: int) -> float:
     return float(json.loads(out.splitlines()[0])["read_gbps"])
 
 
-def measure(path: str, kv_format: str, n: int, steps: int, threads: int | None) -> dict:
-    """Return the numbers of one setting."""
+def in_turn(core, sessions: list, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """Return the seconds of every token and of its attention, by token and session, and misses."""
+    seconds, attention = np.empty((2, len(tokens), len(sessions)))
+    misses = 0
+    for i, token in enumerate(tokens):
+        order = list(enumerate(sessions))
+        for j, session in order if i % 2 == 0 else order[::-1]:
+            session.step(int(token))  # not counted: caches hold another context's
+            core.reset_stats()
+            start = time.perf_counter()
+            session.step(int(token))
+            seconds[i, j] = time.perf_counter() - start
+            stats = core.stats()
+            attention[i, j] = stats["attention_ns"] * 1e-9
+            misses += stats["misses"]
+    return seconds, attention, misses
+
+
+def measure(path: str, kv_format: str, contexts: list[int], steps: int, threads: int):
+    """Return a dict per context, and the seconds of tokens and attention, by token and context."""
     core = {"kv_format": kv_format}
-    with Runner(path, {}, context=n + steps + 2, prefill_chunk=16, threads=threads, **core) as r:
+    longest = max(contexts) + 2 * steps + 2
+    with Runner(path, {}, context=longest, prefill_chunk=16, threads=threads, **core) as r:
         config, size = r.prepared.desc.config, SIZE[kv_format]
         session = r.core.session()
         rng = np.random.default_rng(1)
-        prompt = rng.integers(0, r.vocab_size, min(PROMPT, n)).astype(np.int32)
+        prompt = rng.integers(0, r.vocab_size, min(PROMPT, max(contexts))).astype(np.int32)
         done = 0
         while done < len(prompt):
             done += session.prefill(prompt[done:])
         session.close()
-        session = r.core.session()
-        session.step(1)
-        session.load(filled(session.save(), n, config, kv_format))
-        session.step(2)  # allocates what decoding keeps
-        r.core.reset_stats()
-        start = time.perf_counter()
-        for token in rng.integers(0, r.vocab_size, steps):
-            session.step(int(token))
-        seconds = (time.perf_counter() - start) / steps
-        stats = r.core.stats()
-        attention = stats["attention_ns"] * 1e-9 / steps
+        sessions = []
+        for n in contexts:
+            session = r.core.session()
+            session.step(1)
+            session.load(filled(session.save(), n, config, kv_format))
+            session.step(2)  # allocates what decoding keeps
+            sessions.append(session)
+        tokens = rng.integers(0, r.vocab_size, steps)
+        seconds, attention, misses = in_turn(r.core, sessions, tokens)
+        for n, session in zip(contexts, sessions):
+            if n != max(contexts):  # the plan is for one session
+                session.close()
         width = 2 * config["num_key_value_heads"] * config["head_dim"] * size
-        kv = list(config["mixers"]).count(0) * width * n
+        layers = list(config["mixers"]).count(0)
         plan, info = r.plan, r.core.info
-        return {
-            "bench": "long_context", "model": plan.model, "kv_format": kv_format, "context": n,
-            "n_threads": info["n_threads"], "cpu_variant": info["cpu_variant"],
-            "seconds_per_token": seconds, "attention_seconds": attention, "kv_bytes": kv,
-            "misses_per_token": stats["misses"] / steps,
-            "kv_gb_per_s": kv / attention / 1e9, "state_bytes": plan.state_bytes,
+        same = {
+            "bench": "long_context", "model": plan.model, "kv_format": kv_format,
+            "n_threads": info["n_threads"], "cpu_variant": info["cpu_variant"], "steps": steps,
+            "misses_per_token": misses / seconds.size, "state_bytes": plan.state_bytes,
             "rss_bytes": resident_bytes(), "planned_bytes": plan.total_bytes,
         }  # fmt: skip
+        rows = []
+        for j, n in enumerate(contexts):
+            kv, att = layers * width * n, float(np.median(attention[:, j]))
+            rows.append({**same, "context": n, "kv_bytes": kv,
+                         "seconds_per_token": float(np.median(seconds[:, j])),
+                         "attention_seconds": att, "kv_gb_per_s": kv / att / 1e9})  # fmt: skip
+        return rows, seconds, attention
 
 
 def main() -> None:
@@ -104,20 +133,22 @@ def main() -> None:
     args = parser.parse_args()
     if not args.bench_kernels.exists():
         parser.error(f"{args.bench_kernels} measures the roof and is not built: make -C bench")
+    if args.steps < 2 or args.steps % 2:
+        parser.error(f"--steps {args.steps}: an even number, every second round goes the other way")
+    contexts = [int(n) for n in args.contexts.split(",")]
+    threads = args.threads or core_count()
     for kv_format in args.kv_format.split(","):
-        base, roofs = None, []
-        for n in map(int, args.contexts.split(",")):
-            got = measure(args.model, kv_format, n, args.steps, args.threads)
-            roofs.append(read_gb_per_s(args.bench_kernels, got["n_threads"]))
-            base = base or got
-            grown = got["kv_bytes"] - base["kv_bytes"]
-            more = got["seconds_per_token"] - base["seconds_per_token"]
-            got["roof_gb_per_s"] = statistics.median(roofs)
-            got["growth_kv_gb_per_s"] = grown / more / 1e9 if grown and more > 0 else None
-            got["growth_over_bytes"] = (
-                more / (grown / statistics.median(roofs) / 1e9) if grown else None
-            )
-            print(json.dumps({**got, **identity()}), flush=True)
+        before = read_gb_per_s(args.bench_kernels, threads)
+        rows, seconds, attention = measure(args.model, kv_format, contexts, args.steps, threads)
+        roof = statistics.mean([before, read_gb_per_s(args.bench_kernels, threads)])
+        for j, row in enumerate(rows):
+            row["roof_gb_per_s"] = roof
+            need = (row["kv_bytes"] - rows[0]["kv_bytes"]) / (roof * 1e9)
+            for name, t in (("growth", seconds), ("attention_growth", attention)):
+                more = (t[:, j] - t[:, 0]).reshape(-1, 2).mean(axis=1)  # of both orders
+                more = float(np.median(more))
+                row[name + "_over_bytes"] = more / need if need else None
+            print(json.dumps({**row, **identity()}), flush=True)
 
 
 if __name__ == "__main__":
