@@ -351,6 +351,28 @@ static void random_faults(void)
     }
 }
 
+/* More guesses than may be read at once end although nobody submits or waits: the computing thread does neither. */
+static void reads_go_on_alone(void)
+{
+    enum { N = 40 };
+    fm_io *const io = open_variant(variant, 0, NULL, path);
+    fm_io_counters c = {0};
+    prepare(N);
+    for (int i = 0; i < N; i++)
+        reqs[i].priority = 1;
+    REQUIRE(fm_io_submit(io, list, N) == FM_OK);
+    for (int64_t end = fm_clock_ns() + INT64_C(60000000000); c.n_reads < N && fm_clock_ns() < end;) {
+        const struct timespec pause = {0, 1000000};
+        nanosleep(&pause, NULL);
+        fm_io_get_counters(io, &c);
+    }
+    CHECK_INT(c.n_reads, N);
+    wait_for(io, N);
+    for (int i = 0; i < N; i++)
+        CHECK(is_right(&reqs[i]));
+    fm_io_close(io);
+}
+
 static void fault_from_the_environment(void)
 {
     setenv("FLASHMOE_FAULT", "eio@2", 1);
@@ -389,6 +411,7 @@ int main(void)
         RUN(closed_early);
         RUN(faults);
         RUN(corruption_shows_in_the_checksum);
+        RUN(reads_go_on_alone);
         RUN(many_submitters);
         RUN(random_faults);
         RUN(fault_from_the_environment);
