@@ -112,25 +112,28 @@ FM_INLINE int32_t vi_top(vi v)
     return m;
 }
 
-/* e^x: |error| <= 2 ulp for -87.3 <= x <= 88.7; 0 below (no denormals), +inf above, NaN stays NaN.
- * x = k ln2 + r, |r| <= ln2/2, e^r by its Taylor series to r^7/7! (truncation < 2^-27). */
-FM_INLINE vf vf_exp(vf x)
+/* e^y = 2^k p: y = k ln2 + r, |r| <= ln2/2, p = e^r by its Taylor series to r^7/7! (truncation < 2^-27). */
+FM_INLINE vf vf_exp_parts(vf y, vi *k)
 {
-    const vf log2e = vf_set(1.44269504088896f), ln2_hi = vf_set(0.693145751953125f),
-             ln2_lo = vf_set(1.42860682030941723e-6f);
-    const vi low = x < vf_set(-87.33654f), high = x > vf_set(88.72283f);
-    const vi nan = x != x;
-    const vf y = vf_select(low | high | nan, (vf){0}, x);
-    const vi k = vf_round_i(y * log2e);
-    const vf kf = __builtin_convertvector(k, vf);
-    const vf r = vf_fma(kf, -ln2_lo, vf_fma(kf, -ln2_hi, y));
+    *k = vf_round_i(y * vf_set(1.44269504088896f));
+    const vf kf = __builtin_convertvector(*k, vf);
+    const vf r = vf_fma(kf, -vf_set(1.42860682030941723e-6f), vf_fma(kf, -vf_set(0.693145751953125f), y));
     vf p = vf_set(1.0f / 5040);
     p = vf_fma(p, r, vf_set(1.0f / 720));
     p = vf_fma(p, r, vf_set(1.0f / 120));
     p = vf_fma(p, r, vf_set(1.0f / 24));
     p = vf_fma(p, r, vf_set(1.0f / 6));
     p = vf_fma(p, r, vf_set(0.5f));
-    p = vf_fma(p, r * r, r) + vf_set(1.0f);
+    return vf_fma(p, r * r, r) + vf_set(1.0f);
+}
+
+/* e^x: |error| <= 2 ulp for -87.3 <= x <= 88.7; 0 below (no denormals), +inf above, NaN stays NaN. */
+FM_INLINE vf vf_exp(vf x)
+{
+    const vi low = x < vf_set(-87.33654f), high = x > vf_set(88.72283f);
+    const vi nan = x != x;
+    vi k;
+    vf p = vf_exp_parts(vf_select(low | high | nan, (vf){0}, x), &k);
     /* 2^k in two factors: k = 128 alone would be inf */
     const vi half = k >> 1;
     p = p * (vf)((half + 127) << 23) * (vf)((k - half + 127) << 23);
@@ -152,17 +155,8 @@ FM_INLINE vf vf_from(vf x, vf at, float limit)
 FM_INLINE vf vf_exp_down(vf x)
 {
     const float low = -87.33654f;
-    const vf y = vf_from(x, x, low);
-    const vi k = vf_round_i(y * vf_set(1.44269504088896f)); /* -126 <= k <= 0: one factor will do */
-    const vf kf = __builtin_convertvector(k, vf);
-    const vf r = vf_fma(kf, -vf_set(1.42860682030941723e-6f), vf_fma(kf, -vf_set(0.693145751953125f), y));
-    vf p = vf_set(1.0f / 5040);
-    p = vf_fma(p, r, vf_set(1.0f / 720));
-    p = vf_fma(p, r, vf_set(1.0f / 120));
-    p = vf_fma(p, r, vf_set(1.0f / 24));
-    p = vf_fma(p, r, vf_set(1.0f / 6));
-    p = vf_fma(p, r, vf_set(0.5f));
-    p = vf_fma(p, r * r, r) + vf_set(1.0f);
+    vi k; /* -126 <= k <= 0: one factor will do */
+    const vf p = vf_exp_parts(vf_from(x, x, low), &k);
     return vf_from(p * (vf)((k + 127) << 23), x, low);
 }
 
