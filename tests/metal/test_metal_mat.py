@@ -203,6 +203,14 @@ def test_items_bias_add_gather(kernel, fmt):
     check(y1, small, x[rows[4:]])
 
 
+def check_gated(y, w, up, x):
+    x = np.asarray(x, np.float64)
+    gate, other = x @ w.values.T, x @ up.values.T
+    size = np.abs(x) @ np.abs(w.values.T) * (np.abs(other) + 1)
+    size += np.abs(silu(gate)) * (np.abs(x) @ np.abs(up.values.T))
+    assert (np.abs(y - silu(gate) * other) <= BOUND * size).all()
+
+
 @pytest.mark.parametrize("fmt", ["affine2", "affine4", "affine6", "f16"])
 @pytest.mark.parametrize("order", ORDERS)
 def test_gated(fmt, order):
@@ -215,11 +223,7 @@ def test_gated(fmt, order):
     with msl.order(order):
         run_mat("mat_vec", items, pairs[0][0], x, gated=1)
     for (g, u), y, n in zip(pairs, ys, (2, 1, 2)):
-        xd = x[:n].astype(np.float64)
-        gate, up = xd @ g.values.T, xd @ u.values.T
-        size = np.abs(xd) @ np.abs(g.values.T) * (np.abs(up) + 1)
-        size += np.abs(silu(gate)) * (np.abs(xd) @ np.abs(u.values.T))
-        assert (np.abs(y[:n] - silu(gate) * up) <= BOUND * size).all()
+        check_gated(y[:n], g, u, x[:n])
         assert np.isnan(y[n:]).all()
 
 
@@ -231,14 +235,6 @@ CUTS = [(1, 1, 3), (2, 2, 2), (1, 3, 1), (4, 1, 5)]  # simdgroups that share a r
 def units_case(rng, fmt, n_out, n_cols, n=1, group=64, scale="bf16"):
     w, up = (Matrix(rng, n_out, n_cols, fmt, group, scale).aligned(0) for _ in range(2))
     return w, up, at_offset(f32(rng, n, n_cols), 0), np.full((n, n_out), np.nan, np.float32)
-
-
-def check_gated(y, w, up, x):
-    x = np.asarray(x, np.float64)
-    gate, other = x @ w.values.T, x @ up.values.T
-    size = np.abs(x) @ np.abs(w.values.T) * (np.abs(other) + 1)
-    size += np.abs(silu(gate)) * (np.abs(x) @ np.abs(up.values.T))
-    assert (np.abs(y - silu(gate) * other) <= BOUND * size).all()
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -311,6 +307,7 @@ def test_units_range(fmt):
     check(y[finite], w, x[finite])
     assert (y[4] == 0).all()
     assert not np.isfinite(y[[6, 7]]).any()
+
 
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_embed(fmt):
