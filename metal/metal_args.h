@@ -46,10 +46,10 @@ enum {
     FM_MV_SLICES = 4,     /* matvec: simdgroups of 32 * FM_WIDTH columns that share a row, at most */
     FM_MV_SIMDGROUPS = 4, /* of a threadgroup, at most */
     FM_MV_PAIRS = 16,     /* pairs of matrix rows that a simdgroup takes, at most */
-    FM_MU_SLICES = 16,     /* matvec on matrix units: slices of 256 columns, times teams, at most */
+    FM_MU_COLUMNS = 4096,  /* matvec on matrix units: columns, at most */
+    FM_MU_PARTS = 160,     /* tiles of 16 matrix rows of a threadgroup, times slices, at most */
     FM_MU_SIMDGROUPS = 16, /* of a threadgroup, at most */
     FM_MU_THREADS = 512,   /* FM_MU_SIMDGROUPS * FM_WIDTH: an attribute takes no product */
-    FM_MU_TILES = 10,      /* tiles of 16 matrix rows that a simdgroup takes, at most */
     FM_MM_TILE = 32,     /* matmul: rows, outputs and columns of a tile */
     FM_MM_THREADS = 128,
     FM_NORM_THREADS = 256,
@@ -92,7 +92,7 @@ typedef struct fm_mat_args {
     fm_u32 codes_stride, scales_stride; /* bytes per row */
     fm_u32 gather;                      /* 1: row i of x is rows[row0 + i] */
     fm_u32 slices, pairs;               /* mat_vec: simdgroups that share a row; pairs of rows of each, even
-                                           mat_vec_units: slices of a row, full passes; tiles of a simdgroup */
+                                           mat_vec_units: slices of a row, full passes; tiles of a threadgroup */
 } fm_mat_args;
 FM_ASSERT_SIZE(fm_mat_args, 28);
 

@@ -40,7 +40,8 @@ fm_status fm_metal_kind_of(const fm_mat *W, fm_metal_kind *out)
         out->c.v[FM_FC_GROUP] = (fm_u32)W->group;
         out->c.v[FM_FC_SCALE] = format_of(W->scale_format);
     }
-    out->c.v[FM_FC_VEC] = codes % 16 == 0;
+    if (codes % 16 == 0) /* 2: words of scales can be loaded too, which only mat_vec_units asks for */
+        out->c.v[FM_FC_VEC] = fm_metal_tune.units && affine && scales % 4 == 0 ? 2 : 1;
     out->c.v[FM_FC_BYTES] = codes % unit != 0 || (affine && scales % scale_unit != 0);
     out->n_cols = W->n_cols;
     out->codes_stride = W->codes_stride;
@@ -82,29 +83,36 @@ static vec_plan plan_vec(fm_u32 format, int64_t n_cols, int64_t n_pairs)
     return p;
 }
 
-/* The same for mat_vec_units: slices of 256 columns, at most 8 of them at once; the order of additions follows from the
- * columns alone here too. Simdgroups in all: what does best on an H200 when launches overlap; 2 bits need fewer, as
- * each threadgroup splits x for itself. */
+/* The same for mat_vec_units: slices of 1024 bits of a row's codes, at most 8 of them at once; the order of additions
+ * follows from the columns alone here too. Two threadgroups for each processor of an H200, as each splits x for itself;
+ * few simdgroups in them, so that those of the next dispatch find room. */
 typedef struct units_plan {
-    int64_t side, slices, tiles, of_tile;
+    int64_t side, slices, teams, tiles, of_tile;
 } units_plan;
+
+enum { UNITS_WANTED = 264, UNITS_TEAM_TILES = 5 };
 
 static bool fits_units(const fm_metal_kind *kind, const fm_metal_items *a)
 {
     const fm_u32 format = kind->c.v[FM_FC_FORMAT];
-    return fm_metal_tune.units && a->vec && (format == FM_FMT_AFFINE2 || format == FM_FMT_AFFINE4) &&
-           kind->c.v[FM_FC_VEC] && !kind->c.v[FM_FC_BYTES] && kind->n_cols % 64 == 0 &&
-           kind->n_cols <= 256 * FM_MU_SLICES;
+    if (!fm_metal_tune.units || !a->vec || (format != FM_FMT_AFFINE2 && format != FM_FMT_AFFINE4))
+        return false;
+    const fm_u32 of_lane = 256 / format, shared = kind->c.v[FM_FC_GROUP] < of_lane; /* two scales a load */
+    return kind->c.v[FM_FC_VEC] > shared && !kind->c.v[FM_FC_BYTES] && kind->n_cols % of_lane == 0 &&
+           kind->n_cols <= FM_MU_COLUMNS;
 }
 
 static units_plan plan_units(const fm_metal_kind *kind, const fm_metal_items *a)
 {
-    const int64_t slices = (kind->n_cols + 255) / 256, passes = (slices + 7) / 8;
-    const int64_t wanted = kind->c.v[FM_FC_FORMAT] == FM_FMT_AFFINE2 ? 1024 : 2048;
+    const int64_t slices = (kind->n_cols * kind->c.v[FM_FC_FORMAT] + 1023) / 1024, passes = (slices + 7) / 8;
     units_plan p = {.side = (slices + passes - 1) / passes, .of_tile = a->gated ? 8 : 16};
     p.slices = p.side * passes;
-    p.tiles = (a->most_out + p.of_tile - 1) / p.of_tile * a->n * a->most_rows * p.side / wanted;
-    p.tiles = p.tiles < 1 ? 1 : p.tiles > FM_MU_TILES ? FM_MU_TILES : p.tiles;
+    const int64_t tiles = (a->most_out + p.of_tile - 1) / p.of_tile * a->n * a->most_rows;
+    const int64_t most = FM_MU_PARTS / p.slices;
+    p.tiles = (tiles + UNITS_WANTED - 1) / UNITS_WANTED;
+    p.tiles = p.tiles < 1 ? 1 : p.tiles > most ? most : p.tiles;
+    p.teams = (p.tiles + UNITS_TEAM_TILES - 1) / UNITS_TEAM_TILES;
+    p.teams = p.teams > 8 / p.side ? 8 / p.side : p.teams;
     return p;
 }
 
@@ -115,13 +123,14 @@ fm_status fm_metal_run_items(fm_metal *m, fm_metal_kind kind, const fm_metal_ite
         kind.c.v[FM_FC_VEC] = 0; /* the tiled kernel does not look: one pipeline */
     kind.c.v[FM_FC_LONG] = a->vec && kind.n_cols > FM_MV_SLICES * FM_WIDTH * 32;
     const bool units = fits_units(&kind, a);
+    kind.c.v[FM_FC_VEC] = kind.c.v[FM_FC_VEC] != 0; /* one pipeline however scales are aligned */
     fm_metal_call c;
     FM_TRY(fm_metal_call_begin(m, units ? "mat_vec_units" : a->vec ? "mat_vec" : "mat_mul", kind.c, &c));
     fm_metal_bind_place(&c, 0, a->table);
     const int64_t of_pair = a->gated ? 1 : 2; /* outputs */
     const vec_plan p =
         plan_vec(kind.c.v[FM_FC_FORMAT], kind.n_cols, (a->most_out + of_pair - 1) / of_pair * a->n * a->most_rows);
-    const units_plan u = plan_units(&kind, a);
+    const units_plan u = units ? plan_units(&kind, a) : (units_plan){0};
     const fm_mat_args args = {(fm_u32)kind.n_cols,
                               (fm_u32)a->ldx,
                               (fm_u32)kind.codes_stride,
@@ -134,7 +143,7 @@ fm_status fm_metal_run_items(fm_metal *m, fm_metal_kind kind, const fm_metal_ite
     fm_metal_bind_place(&c, 3, a->rows ? *a->rows : a->table);
     if (units) {
         const int64_t per = u.tiles * u.of_tile;
-        fm_metal_run(&c, (a->most_out + per - 1) / per, a->n, a->most_rows, (int)(FM_WIDTH * u.side), 1);
+        fm_metal_run(&c, (a->most_out + per - 1) / per, a->n, a->most_rows, (int)(FM_WIDTH * u.side), (int)u.teams);
     } else if (a->vec) {
         const int64_t per = p.teams * p.pairs * of_pair;
         fm_metal_run(&c, (a->most_out + per - 1) / per, a->n, a->most_rows, (int)(FM_WIDTH * p.slices * p.teams), 1);

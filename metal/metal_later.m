@@ -21,7 +21,7 @@ static fm_status gate_kinds(const fm_expert_later *a, fm_metal_kind *gate, fm_me
 {
     FM_TRY(fm_metal_kind_of(&a->gate, gate));
     FM_TRY(fm_metal_kind_of(&a->up, up));
-    const bool vec = gate->c.v[FM_FC_VEC] && up->c.v[FM_FC_VEC];
+    const fm_u32 g = gate->c.v[FM_FC_VEC], u = up->c.v[FM_FC_VEC], vec = g < u ? g : u;
     const bool bytes = gate->c.v[FM_FC_BYTES] || up->c.v[FM_FC_BYTES];
     gate->c.v[FM_FC_VEC] = up->c.v[FM_FC_VEC] = vec;
     gate->c.v[FM_FC_BYTES] = up->c.v[FM_FC_BYTES] = bytes;
@@ -108,7 +108,7 @@ static fm_status check_like(const fm_mat *W, const fm_mat *like, const fm_metal_
 {
     fm_metal_kind own;
     FM_TRY(fm_metal_kind_of(W, &own));
-    const bool vec = own.c.v[FM_FC_VEC] || !recorded->c.v[FM_FC_VEC];
+    const bool vec = own.c.v[FM_FC_VEC] >= recorded->c.v[FM_FC_VEC];
     const bool bytes = !own.c.v[FM_FC_BYTES] || recorded->c.v[FM_FC_BYTES];
     own.c.v[FM_FC_VEC] = recorded->c.v[FM_FC_VEC];
     own.c.v[FM_FC_BYTES] = recorded->c.v[FM_FC_BYTES];

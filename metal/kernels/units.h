@@ -1,5 +1,5 @@
 // Products of codes and x on matrix units, and which lane holds what of them. A simdgroup takes 16
-// matrix rows at once: a lane has 64 columns of rows r and r + 8, where r is mu_row, and the four
+// matrix rows at once: a lane has columns of rows r and r + 8, where r is mu_row, and the four
 // lanes of a row are told apart by mu_quad.
 //
 // A compiler for another GPU may bring its own (FM_OWN_UNITS), with another order of lanes.

@@ -123,12 +123,15 @@ class Case:
         self.bits, self.gated, self.matrices = bits, gated, 1 + gated
         self.n_out, self.n_cols = (WIDTH, HIDDEN) if gated else (HIDDEN, WIDTH)
         # as the host cuts these shapes: simdgroups side by side, teams of them, pairs or tiles
-        tiles = 10 if bits == 2 else 5
-        cuts = {"mat_vec": ((1, 4, 8), (4, 1, 16)), "mat_vec_units": ((4, 1, tiles), (8, 1, tiles))}
-        side, self.teams, self.pairs = cuts[kernel][gated]
-        self.slices = self.n_cols // 256 if kernel == "mat_vec_units" else side
-        self.threads = (CONST["FM_WIDTH"] * side, self.teams, 1)
-        self.rows = self.teams * self.pairs * (2 - gated) * (8 if kernel == "mat_vec_units" else 1)
+        if kernel == "mat_vec":
+            self.slices, self.teams, self.pairs = side, _, _ = ((1, 4, 8), (4, 1, 16))[gated]
+            per = self.teams * self.pairs * (2 - gated)
+        else:
+            self.slices, of_tile = self.n_cols * bits // 1024, 16 // self.matrices
+            side = self.slices // -(-self.slices // 8)
+            self.pairs = -(-self.n_out // of_tile * EXPERTS // 264)
+            self.teams, per = min(-(-self.pairs // 5), 8 // side), self.pairs * of_tile
+        self.threads, self.rows = (CONST["FM_WIDTH"] * side, self.teams, 1), per
         self.codes, self.scales = self.n_cols * bits // 8, self.n_cols // GROUP * 2
         self.matrix = self.n_out * (self.codes + 2 * self.scales)
         self.bytes = self.matrix * self.matrices * EXPERTS

@@ -47,11 +47,11 @@ def both():
     assert H.MAC or made.metal.lib.fake_metal_live() == 0, "objects of the stand-in are still alive"
 
 
-def put(b, w, skip=0, usage=0):
+def put(b, w, skip=0, usage=0, skip_scales=0):
     """A weight matrix in backend memory."""
     affine = w.fmt.startswith("affine")
     areas = [b.array(w.codes, usage, skip)]
-    areas += [b.array(a, usage, skip) if affine else None for a in (w.scales, w.biases)]
+    areas += [b.array(a, usage, skip + skip_scales) if affine else None for a in (w.scales, w.biases)]
     b.keep = getattr(b, "keep", []) + areas
     return H.Mat(QUANT[w.fmt], QUANT[w.scale] if affine else 0, w.group if affine else 0, *w.shape,
                  *[H.address(a) for a in areas], w.codes.shape[1], w.scales.shape[1] if affine else 0)  # fmt: skip
@@ -216,11 +216,14 @@ def units(both):
 def test_units_matmul(both, units, fmt, n):
     """Chosen when asked for and only where it fits: aligned codes and x, few rows, up to 4096 columns."""
     rng = np.random.default_rng(n)
-    for n_cols, skip, pad in ((64, 0, 0), (2368, 0, 4), (4096, 0, 0), (448, 4, 0), (448, 0, 1), (4160, 0, 0)):
+    lane = {"affine2": 128}.get(fmt, 64)  # columns
+    odd = 7 * lane
+    cases = [(lane, 0, 0, 0), (31 * lane, 0, 4, 0), (4096, 0, 0, 0), (odd, 4, 0, 0), (odd, 0, 1, 0)]
+    for n_cols, skip, pad, skip_scales in (*cases, (4096 + lane, 0, 0, 0), (2 * lane, 0, 0, 2)):
         w, x, got = Matrix(rng, 21, n_cols, fmt), rand(rng, n, n_cols + pad), []
 
-        def setup(b, y, w=w, x=x, skip=skip):
-            m, xb = put(b, w, skip), b.array(x)
+        def setup(b, y, w=w, x=x, skips={"skip": skip, "skip_scales": skip_scales}):
+            m, xb = put(b, w, **skips), b.array(x)
             b.matmul(xb.ctypes.data, x.shape[1], n, items((m, y, None, False)), 1)
 
         for on in (1, 0):
@@ -228,7 +231,8 @@ def test_units_matmul(both, units, fmt, n):
             got.append(both.run(setup, (n, 21))[1][0])
         x64 = x[:, :n_cols].astype(np.float64)
         near(got[0], x64 @ w.values.T, 2.0**-20 * (np.abs(x64) @ np.abs(w.values.T)))
-        fits = fmt != "affine8" and n <= 4 and n_cols != 448 and n_cols <= 4096
+        shared = skip_scales and fmt == "affine2"  # two scales a load
+        fits = fmt != "affine8" and n <= 4 and n_cols != odd and n_cols <= 4096 and not shared
         assert np.array_equal(*got) != fits
 
 
@@ -237,7 +241,7 @@ def test_units_experts(both, units, fmt):
     """gate and up in one pass, ragged counts and gathered rows, then down; as the plain form has them."""
     rng, counts, got = np.random.default_rng(21), (1, 3, 2), []
     rows_of = [rng.integers(0, 40, n).astype(np.int32) for n in counts]
-    ws, x = expert_case(rng, fmt, 320, 128, len(counts), rows_of)
+    ws, x = expert_case(rng, fmt, 384, 128, len(counts), rows_of)
 
     def setup(b, out):
         xb, gate, up = b.array(x), b.empty((6, 128)), b.empty((6, 128))
@@ -250,7 +254,7 @@ def test_units_experts(both, units, fmt):
 
     for on in (1, 0):
         units[3] = on
-        got.append(both.run(setup, (6, 320))[1][0])
+        got.append(both.run(setup, (6, 384))[1][0])
     assert np.allclose(*got, rtol=1e-4, atol=1e-4 * np.abs(got[1]).max())
     assert not np.array_equal(*got)
 

@@ -53,9 +53,9 @@ def run_mat(kernel, items, w, x, rows=None, vec=0, gated=0, slices=1, teams=2, p
     rows_buf = np.zeros(1, np.int32) if rows is None else rows
     if kernel == "mat_vec_units":
         assert w.fmt in UNITS
-        side, vec = slices, 1  # simdgroups that share a row
-        slices = -(-w.shape[1] // (256 * side)) * side
-        per = teams * pairs * (8 if gated else 16)
+        side, vec = slices, 1  # simdgroups that share a row; pairs: tiles of a threadgroup
+        slices = -(-w.shape[1] * FMT[w.fmt] // (1024 * side)) * side
+        per = pairs * (8 if gated else 16)
         groups, tg = (-(-n_out // per), len(items), n), (32 * side, teams)
     elif kernel == "mat_vec":
         per = teams * pairs * (1 if gated else 2)
@@ -229,7 +229,7 @@ def test_gated(fmt, order):
 
 # ---- on matrix units
 
-CUTS = [(1, 1, 3), (2, 2, 2), (1, 3, 1), (4, 1, 5)]  # simdgroups that share a row, teams, tiles
+CUTS = [(1, 1, 3), (2, 2, 3), (1, 3, 4), (4, 2, 1)]  # simdgroups that share a row, teams, tiles
 
 
 def units_case(rng, fmt, n_out, n_cols, n=1, group=64, scale="bf16"):
@@ -243,7 +243,8 @@ def units_case(rng, fmt, n_out, n_cols, n=1, group=64, scale="bf16"):
 def test_units_sizes(fmt, gated, order):
     """Odd heights, columns that fill no slice, passes; a row's bits follow from n_cols alone."""
     rng = np.random.default_rng(11)
-    for n_out, n_cols in ((1, 64), (37, 448), (19, 1024)):
+    lane = 256 // FMT[fmt]  # columns
+    for n_out, n_cols in ((1, lane), (37, 7 * lane), (19, 1024)):
         w, up, x, _ = units_case(rng, fmt, n_out, n_cols, 2)
         out = []
         for side, teams, tiles in CUTS:
@@ -295,11 +296,11 @@ def test_units_items(fmt):
 def test_units_range(fmt):
     """x of any size is scaled; what is not finite stays in its row."""
     rng = np.random.default_rng(15)
-    w, _, x, y = units_case(rng, fmt, 18, 576, 9)
+    w, _, x, y = units_case(rng, fmt, 18, 640, 9)
     for row, factor in enumerate((1e30, 1e-30, 1e36, 1e-36, 0.0)):
         x[row] *= np.float32(factor)
     x[1, 256:] *= np.float32(1e4)  # the largest is another simdgroup's
-    x[5] *= np.exp(rng.uniform(-20, 20, 576)).astype(np.float32)
+    x[5] *= np.exp(rng.uniform(-20, 20, 640)).astype(np.float32)
     x[6, 7], x[7, 100] = np.nan, np.inf
     x[8] = np.abs(x[8]) * np.float32(1e-3)
     run_mat("mat_vec_units", [item(w, y, n=9)], w, x, slices=3, teams=1, pairs=2)
