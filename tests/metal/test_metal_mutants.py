@@ -134,6 +134,7 @@ HOST_MUTANTS = {
     "forgotten wait": (ENC, "FM_TRY(fm_metal_sync(m));", "fm_metal_flush(m);", 0, BACK, "nonfinite"),
     "swapped buffers": (ENC, "bind(&c, 0, gate, n * 4", "bind(&c, 0, up, n * 4", 0, BACK, "one_command"),
     "wrong offset": (DEV, "out->offset = m->ring_used;", "out->offset = 0;", 0, BACK, "attention or experts"),
+    "shared scales anywhere": (ENC_MAT, "kind->c.v[FM_FC_VEC] > shared", "kind->c.v[FM_FC_VEC] > 0", 0, BACK, "units_matmul"),
     "wrong address": (DEV, "[b->buffer gpuAddress] +", "[b->buffer gpuAddress] + 4 +", 0, BACK, "test_matmul"),
     "undeclared resource": (DEV, "b->used_in != m->encoder_number", "false", 0, BACK, "test_matmul"),
     "declared once for ever": (DEV, "m->encoder_number++;", "m->encoder_number = 1;", 0, BACK, "route or mixed"),
