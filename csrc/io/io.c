@@ -202,6 +202,19 @@ void fm_io_get_counters(const fm_io *io, fm_io_counters *out)
     out->bytes_read = atomic_load(&io->bytes_read);
     out->n_failed = atomic_load(&io->n_failed);
     out->ns_read = atomic_load(&io->ns_read);
+    out->n_registered = atomic_load(&io->n_registered);
+}
+
+void fm_io_set_buffers(fm_io *io, void *base, size_t stride, int64_t n)
+{
+    if (io->method->set_buffers != NULL && io->pid == getpid() && stride > 0 && n > 0)
+        io->method->set_buffers(io->state, base, stride, n);
+}
+
+void fm_io_drop_buffers(fm_io *io, int64_t first)
+{
+    if (io->method->drop_buffers != NULL && io->pid == getpid())
+        io->method->drop_buffers(io->state, first);
 }
 
 void fm_io_start(fm_io_req *req)

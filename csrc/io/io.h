@@ -66,6 +66,7 @@ typedef struct fm_io_opts {
 
 typedef struct fm_io_counters {
     int64_t n_reads, bytes_read, n_failed, ns_read; /* ns_read is summed over workers */
+    int64_t n_registered; /* raw reads into memory that the kernel had registered */
 } fm_io_counters;
 
 /* Opens all paths read-only; they must be regular files. Errors name the path. *out is NULL on
@@ -87,6 +88,14 @@ fm_status fm_io_wait(fm_io *io, fm_io_req **done, int max_done, int min_done, in
 fm_status fm_io_cancel(fm_io *io, fm_io_req *req);
 fm_status fm_io_promote(fm_io *io, fm_io_req *req);
 void fm_io_get_counters(const fm_io *io, fm_io_counters *out);
+
+/* Most reads will land in these n buffers of stride bytes, one behind the other in memory of fm_region_alloc, and a
+ * method may let the kernel pin each once, when it is first read into; a child of fork may lose them. At most once,
+ * before the first read; a refusal costs speed only. */
+void fm_io_set_buffers(fm_io *io, void *base, size_t stride, int64_t n);
+/* Before the memory of buffers first, first + 1 and so on goes back to the OS; no read into them may be in flight. Once
+ * read into again, they are pinned again. */
+void fm_io_drop_buffers(fm_io *io, int64_t first);
 
 /* Word a failed request on the calling thread: path, offset, numbers, strerror; returns its status.
  * what says what the bytes are ("layer 3 expert 17") and may be NULL. */

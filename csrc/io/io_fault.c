@@ -261,6 +261,20 @@ static void promote_fault(void *state, fm_io_req *req)
     f->base->promote(f->base_state, req);
 }
 
+static void set_buffers_fault(void *state, void *base, size_t stride, int64_t n)
+{
+    fault *const f = state;
+    if (f->base->set_buffers != NULL)
+        f->base->set_buffers(f->base_state, base, stride, n);
+}
+
+static void drop_buffers_fault(void *state, int64_t first)
+{
+    fault *const f = state;
+    if (f->base->drop_buffers != NULL)
+        f->base->drop_buffers(f->base_state, first);
+}
+
 const fm_io_method fm_io_method_fault = {
     .name = "fault",
     .can_direct = true,
@@ -270,4 +284,6 @@ const fm_io_method fm_io_method_fault = {
     .wait = wait_fault,
     .cancel = cancel_fault,
     .promote = promote_fault,
+    .set_buffers = set_buffers_fault,
+    .drop_buffers = drop_buffers_fault,
 };

@@ -33,6 +33,9 @@ typedef struct fm_io_method {
                       int *n_done);
     void (*cancel)(void *state, fm_io_req *req);
     void (*promote)(void *state, fm_io_req *req);
+    /* As fm_io_set_buffers and fm_io_drop_buffers; NULL where a method has no use for them. */
+    void (*set_buffers)(void *state, void *base, size_t stride, int64_t n);
+    void (*drop_buffers)(void *state, int64_t first);
 } fm_io_method;
 
 /* Fault injection looks into every raw read and every finished request through this. */
@@ -54,7 +57,7 @@ struct fm_io {
     fm_io_tap tap; /* ctx NULL: none */
     atomic_int n_in_flight;
     atomic_int_fast64_t n_submitted;
-    atomic_int_fast64_t n_reads, bytes_read, n_failed, ns_read;
+    atomic_int_fast64_t n_reads, bytes_read, n_failed, ns_read, n_registered;
 };
 
 enum { FM_IO_IDLE = 0, FM_IO_QUEUED = 1, FM_IO_RUNNING = 2, FM_IO_DONE = 3 }; /* fm_io_req.state */

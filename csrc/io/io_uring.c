@@ -15,6 +15,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
+#include <sys/uio.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -25,6 +26,16 @@
 
 enum { DEFAULT_DEPTH = 16, MAX_DEPTH = 1024, HELPERS = 2, SPARE = 4 /* ring entries for no-ops */ };
 #define WAKE_UP UINT64_MAX /* user_data of a no-op; others are slot numbers */
+enum { MAX_BUFFERS = 1 << 14 /* the kernel's limits */, MAX_BUFFER_BYTES = 1 << 30 };
+
+/* Buffers that the kernel may pin once instead of at every read into them: each when it is first read into. */
+typedef struct buffers {
+    uint8_t *base;
+    size_t stride;
+    int n;       /* 0: no table */
+    bool *known; /* [n] registered */
+    bool refused; /* no more of them */
+} buffers;
 
 typedef struct slot {
     fm_io_req *req;
@@ -35,6 +46,7 @@ typedef struct ring {
     fm_io *io;
     int fd;
     bool fixed_files;
+    buffers buffers;
     fm_io_waiter out;
     pthread_cond_t work;
     bool led, stop; /* led: a helper sleeps in the kernel or is about to */
@@ -90,12 +102,66 @@ static void push_sqe(ring *r)
     __atomic_store_n(r->sq_tail, *r->sq_tail + 1, __ATOMIC_RELEASE);
 }
 
+#if defined(IORING_RSRC_REGISTER_SPARSE)
+/* bytes 0 takes the buffer out of the table. Returns 0 or -errno. */
+static int register_buffer(const ring *r, int i, size_t bytes)
+{
+    const struct iovec one = {bytes > 0 ? r->buffers.base + (size_t)i * r->buffers.stride : NULL, bytes};
+    const struct io_uring_rsrc_update2 update = {
+        .offset = (uint32_t)i, .data = (uint64_t)(uintptr_t)&one, .nr = 1};
+    const long n =
+        syscall(__NR_io_uring_register, r->fd, IORING_REGISTER_BUFFERS_UPDATE, &update, sizeof(update));
+    return n == 1 ? 0 : n < 0 ? -errno : -EAGAIN;
+}
+
+static int register_table(const ring *r, int n)
+{
+    const struct io_uring_rsrc_register table = {.nr = (uint32_t)n, .flags = IORING_RSRC_REGISTER_SPARSE};
+    const long rc = syscall(__NR_io_uring_register, r->fd, IORING_REGISTER_BUFFERS2, &table, sizeof(table));
+    return rc < 0 ? -errno : 0;
+}
+#else /* headers before Linux 5.19 */
+static int register_buffer(const ring *r, int i, size_t bytes)
+{
+    (void)r, (void)i, (void)bytes;
+    return -ENOSYS;
+}
+
+static int register_table(const ring *r, int n)
+{
+    (void)r, (void)n;
+    return -ENOSYS;
+}
+#endif
+
+/* The registered buffer that a part lies in; -1: in none. */
+static int buffer_of(ring *r, const fm_io_part *part)
+{
+    buffers *const b = &r->buffers;
+    if (b->n == 0 || part->dst < b->base)
+        return -1;
+    const size_t at = (size_t)(part->dst - b->base), i = at / b->stride;
+    if (i >= (size_t)b->n || part->bytes > b->stride - at % b->stride)
+        return -1;
+    if (!b->known[i] && !b->refused) {
+        const int rc = register_buffer(r, (int)i, b->stride);
+        b->known[i] = rc == 0;
+        b->refused = rc != 0;
+        if (rc != 0) /* as a rule RLIMIT_MEMLOCK */
+            fm_log(FM_LOG_DEBUG, "io_uring: no more buffers registered: %s", strerror(-rc));
+    }
+    return b->known[i] ? (int)i : -1;
+}
+
 static void push_part(ring *r, int i)
 {
     slot *const s = &r->slots[i];
     struct io_uring_sqe *const e = next_sqe(r);
     s->part = fm_io_next_part(r->io, s->req);
-    e->opcode = IORING_OP_READ;
+    const int buffer = buffer_of(r, &s->part);
+    e->opcode = buffer < 0 ? IORING_OP_READ : IORING_OP_READ_FIXED;
+    e->buf_index = (uint16_t)(buffer < 0 ? 0 : buffer);
+    atomic_fetch_add(&r->io->n_registered, buffer >= 0);
     e->fd = r->fixed_files ? s->req->file : s->part.fd;
     /* A cached read would be copied, or wait for read-ahead, inside the submitting call. */
     e->flags = (r->fixed_files ? IOSQE_FIXED_FILE : 0) | (r->io->caps.direct ? 0 : IOSQE_ASYNC);
@@ -282,6 +348,37 @@ static void promote_uring(void *state, fm_io_req *req)
     pthread_mutex_unlock(&r->out.lock);
 }
 
+static void set_buffers_uring(void *state, void *base, size_t stride, int64_t n)
+{
+    ring *const r = state;
+    buffers *const b = &r->buffers;
+    void *known = NULL;
+    const int n_table = (int)(n < MAX_BUFFERS ? n : MAX_BUFFERS); /* reads into others do without */
+    if (stride > MAX_BUFFER_BYTES || fm_alloc((size_t)n_table, &known) != FM_OK)
+        return;
+    const int rc = register_table(r, n_table);
+    if (rc != 0) {
+        fm_log(FM_LOG_DEBUG, "io_uring: no table of buffers: %s", strerror(-rc));
+        fm_free(known);
+        return;
+    }
+    /* A forked child may not use them anyway, and would be given copies of pinned pages. */
+    (void)madvise(base, (size_t)n * stride, MADV_DONTFORK);
+    pthread_mutex_lock(&r->out.lock);
+    *b = (buffers){base, stride, n_table, known, false};
+    pthread_mutex_unlock(&r->out.lock);
+}
+
+static void drop_buffers_uring(void *state, int64_t first)
+{
+    ring *const r = state;
+    pthread_mutex_lock(&r->out.lock);
+    for (int64_t i = first; i < r->buffers.n; i++)
+        if (r->buffers.known[i])
+            r->buffers.known[i] = register_buffer(r, (int)i, 0) != 0;
+    pthread_mutex_unlock(&r->out.lock);
+}
+
 static void unmap_ring(ring *r)
 {
     if (r->sqes != NULL)
@@ -290,6 +387,7 @@ static void unmap_ring(ring *r)
         munmap(r->rings, r->rings_bytes);
     if (r->fd >= 0)
         close(r->fd);
+    fm_free(r->buffers.known);
     fm_free(r->free_slots);
     fm_free(r->slots);
     fm_free(r);
@@ -429,6 +527,8 @@ const fm_io_method fm_io_method_uring = {
     .wait = wait_uring,
     .cancel = cancel_uring,
     .promote = promote_uring,
+    .set_buffers = set_buffers_uring,
+    .drop_buffers = drop_buffers_uring,
 };
 
 #else

@@ -108,6 +108,7 @@ static fm_status open_tables(fm_experts *e, const fm_experts_opts *o)
         return fm_fail(FM_ERR_NOMEM, "%d expert slots of %zu bytes overflow", o->n_slots, e->slot_bytes);
     FM_TRY(e->be->v->alloc(e->be, e->region_bytes, FM_USAGE_SLOTS, &p));
     e->region = p;
+    fm_io_set_buffers(e->io, e->region, e->slot_bytes, o->n_slots);
     return FM_OK;
 }
 
@@ -265,8 +266,10 @@ void fm_experts_close(fm_experts *e)
     if (!e)
         return;
     drain(e);
-    if (e->region)
+    if (e->region) {
+        fm_io_drop_buffers(e->io, 0);
         e->be->v->free(e->be, e->region, e->region_bytes, FM_USAGE_SLOTS);
+    }
     fm_cache_close(e->cache);
     fm_free(e->slots);
     fm_free(e->layer_at);
@@ -606,8 +609,10 @@ fm_status fm_experts_resize(fm_experts *e, int32_t n_slots)
         settle_guess(e, &e->slots[e->guesses[e->n_guesses - 1]]);
     const int32_t was = fm_cache_slots(e->cache);
     FM_TRY(fm_cache_resize(e->cache, n_slots));
-    if (n_slots < was)
+    if (n_slots < was) {
+        fm_io_drop_buffers(e->io, n_slots);
         fm_region_drop(slot_base(e, n_slots), (size_t)(was - n_slots) * e->slot_bytes);
+    }
     return FM_OK;
 }
 

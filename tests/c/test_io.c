@@ -166,6 +166,58 @@ static void every_variant(void)
         one_variant(io_variants[i]);
 }
 
+enum { STRIDE = 3 * 4096, N_BUFFERS = 4 };
+
+/* Reads one block into a buffer and says whether the kernel had the buffer registered. */
+static bool read_registered(fm_io *io, uint8_t *dst, int64_t off, size_t bytes)
+{
+    fm_io_counters before, after;
+    fm_io_get_counters(io, &before);
+    memset(dst, 0, bytes);
+    const fm_io_req r = read_one(io, off, bytes, 0, dst);
+    CHECK_INT(r.status, FM_OK);
+    CHECK(bytes_match(dst, off, bytes));
+    fm_io_get_counters(io, &after);
+    return after.n_registered > before.n_registered;
+}
+
+/* Registered or not, reads are the same: inside a buffer, across two, outside, after buffers were dropped, and where
+ * the kernel refuses one. */
+static void registered_buffers(void)
+{
+    for (int i = 0; i < FM_COUNT(io_variants); i++) {
+        fm_io *const io = open_variant(io_variants[i], 0, NULL, path);
+        void *region = NULL;
+        if (io == NULL)
+            continue;
+        REQUIRE(fm_region_alloc((N_BUFFERS + 1) * STRIDE, false, &region) == FM_OK);
+        uint8_t *const b = region;
+        fm_io_set_buffers(io, b, STRIDE, N_BUFFERS);
+        const bool registers = read_registered(io, b, 0, STRIDE);
+        if (strcmp(io_variants[i].method, "uring") == 0 && !registers)
+            fprintf(stderr, "note: uring registers no buffers here\n");
+        CHECK(!registers || strcmp(io_variants[i].method, "uring") == 0);
+        CHECK(read_registered(io, b + 4096, 8192, 4096) == registers);
+        CHECK(read_registered(io, b + 3 * STRIDE, 4096, STRIDE) == registers);
+        CHECK(!read_registered(io, b + STRIDE - 4096, 0, 8192));
+        CHECK(!read_registered(io, b + 4 * STRIDE, 0, 4096));
+        fm_io_drop_buffers(io, 2);
+        fm_region_drop(b + 2 * STRIDE, 2 * STRIDE);
+        for (size_t k = 0; k < 2 * STRIDE; k++) /* given back, not kept by the kernel */
+            REQUIRE(b[2 * STRIDE + k] == 0);
+        CHECK(read_registered(io, b + 3 * STRIDE, 0, STRIDE) == registers);
+        /* a buffer of which a part is not there is refused, and read without */
+        fm_region_free(b + 2 * STRIDE + 8192, 4096);
+        CHECK(!read_registered(io, b + 2 * STRIDE, 4096, 8192));
+        CHECK(!read_registered(io, b + STRIDE, 0, 4096));
+        CHECK(read_registered(io, b, 0, 4096) == registers);
+        fm_io_drop_buffers(io, 0);
+        fm_io_close(io);
+        fm_region_free(b, 2 * STRIDE + 8192);
+        fm_region_free(b + 3 * STRIDE, 2 * STRIDE);
+    }
+}
+
 static void refuse(const fm_io_opts *opts, const char *file, fm_status want, const char *text)
 {
     fm_io *io = (fm_io *)&io;
@@ -249,6 +301,7 @@ int main(void)
 {
     make_file(path, sizeof(path), FILE_BYTES);
     RUN(every_variant);
+    RUN(registered_buffers);
     RUN(refused_at_open);
     RUN(forked_child);
     unlink(path);
