@@ -18,36 +18,12 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
 
-GROUP = "flashmoe-bench"
-SIZES = {"GiB": 1 << 30, "MiB": 1 << 20}
-
-
-def size(text: str) -> int:
-    """Bytes of "8GiB" or "512MiB"."""
-    return int(float(text[:-3]) * SIZES[text[-3:]])
-
-
-def memory_group(limit: int) -> Path:
-    """Make the cgroup that limits the children's memory; return the file that takes their pids."""
-    v1 = Path("/sys/fs/cgroup/memory")
-    if v1.is_dir():
-        group, name, procs = v1 / GROUP, "memory.limit_in_bytes", "tasks"
-    else:
-        group, name, procs = Path("/sys/fs/cgroup") / GROUP, "memory.max", "cgroup.procs"
-    group.mkdir(exist_ok=True)
-    (group / name).write_text(str(limit))
-    return group / procs
-
-
-def drop_caches() -> None:
-    os.sync()
-    Path("/proc/sys/vm/drop_caches").write_text("3")
+from limits import drop_caches, memory_group, run, size
 
 
 @contextmanager
@@ -62,23 +38,12 @@ def read_ahead(disk: str, kib: int):
         setting.write_text(old)
 
 
-def run(command: list[str], procs: Path | None, timeout: float) -> str:
-    def enter():
-        if procs:
-            procs.write_text(str(os.getpid()))
-
-    done = subprocess.run(
-        command, stdout=subprocess.PIPE, text=True, timeout=timeout, preexec_fn=enter, check=True
-    )
-    return done.stdout
-
-
 def llama(
-    args, n_prompt: int, n_gen: int, extra: list[str], procs: Path | None
+    args, n_prompt: int, n_gen: int, extra: list[str], groups: list[Path]
 ) -> dict[str, float]:
     command = [args.llama_bench, "-m", args.gguf, "-t", str(args.threads), "-r", "1", "-o", "json"]
     out = json.loads(
-        run([*command, "-p", str(n_prompt), "-n", str(n_gen), *extra], procs, args.timeout)
+        run([*command, "-p", str(n_prompt), "-n", str(n_gen), *extra], groups, args.timeout)
     )
     got = {}
     for row in out:
@@ -87,7 +52,7 @@ def llama(
     return got
 
 
-def ours(args, n_prompt: int, n_gen: int, extra: list[str], procs: Path | None, cold: bool) -> dict:
+def ours(args, n_prompt: int, n_gen: int, extra: list[str], groups: list[Path], cold: bool) -> dict:
     command = [sys.executable, "-m", "flashmoe", "bench", args.model, "--json", "-q", "--no-roof"]
     command += [
         "--threads",
@@ -98,7 +63,7 @@ def ours(args, n_prompt: int, n_gen: int, extra: list[str], procs: Path | None, 
         str(time.time_ns() % 2**31),
     ]
     command += ["--prompt-tokens", str(n_prompt), "--gen", str(n_gen + 1), *extra]
-    line = json.loads(run(command, procs, args.timeout).splitlines()[0])
+    line = json.loads(run(command, groups, args.timeout).splitlines()[0])
     part = line["cold"] if cold else line
     got = {
         "prefill": part["prefill_tokens_per_second"]["median"],
@@ -122,16 +87,16 @@ def ram(args) -> list[dict]:
     lines = []
     for i in range(args.runs):
         for repack in ("1", "0"):
-            got = llama(args, 512, 0, ["--repack", repack], None)
-            got |= llama(args, 0, 32, ["--repack", repack, "-d", "512"], None)
+            got = llama(args, 512, 0, ["--repack", repack], [])
+            got |= llama(args, 0, 32, ["--repack", repack, "-d", "512"], [])
             note(lines, i, f"llama.cpp repack {repack}", got)
-        note(lines, i, "flashmoe", ours(args, 512, 32, [], None, cold=False))
+        note(lines, i, "flashmoe", ours(args, 512, 32, [], [], cold=False))
     return lines
 
 
 def disk(args) -> list[dict]:
     lines = []
-    procs = memory_group(size(args.limit))
+    groups = [memory_group(size(args.limit))]
     settings = [tuple(map(int, s.split(":"))) for s in args.read_ahead.split(",")]
     direct = ["--io", "direct", "--memory", args.memory]
     if args.lookahead is not None:
@@ -141,14 +106,14 @@ def disk(args) -> list[dict]:
         for kib, n_gen in settings:
             with read_ahead(args.disk, kib):
                 drop_caches()
-                got = llama(args, 0, n_gen, ["--repack", "0"], procs)
+                got = llama(args, 0, n_gen, ["--repack", "0"], groups)
                 drop_caches()
-                got |= llama(args, 512, 0, ["--repack", "0"], procs)
+                got |= llama(args, 512, 0, ["--repack", "0"], groups)
             note(lines, i, f"llama.cpp read-ahead {kib} KiB", got)
         drop_caches()
-        got = ours(args, 8, 32, direct, procs, cold=True)
+        got = ours(args, 8, 32, direct, groups, cold=True)
         drop_caches()
-        got["prefill"] = ours(args, 512, 2, direct, procs, cold=True)["prefill"]
+        got["prefill"] = ours(args, 512, 2, direct, groups, cold=True)["prefill"]
         note(lines, i, "flashmoe", got)
     return lines
 
