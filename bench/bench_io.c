@@ -236,6 +236,7 @@ static bool measure(const settings *s, const config *c, result *out)
             return false;
         if (status != FM_OK)
             die("open");
+        fm_io_set_buffers(io, memory, (size_t)c->block, c->depth); /* as an engine's slots */
         one_run(io, s, c, seed += 7919, out);
         fm_io_close(io);
     }
