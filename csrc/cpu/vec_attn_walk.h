@@ -23,8 +23,8 @@ typedef struct walk {
     float s[2][WALK_Q][ATTN_TILE]; /* [turn] */
 } walk;
 
-/* Touches `bytes`, whole lines, from p + at on; p may be NULL. Asks for what comes WALK_AHEAD later, which may lie past
- * the end of K or V. */
+/* Touches `bytes`, whole lines, from p + at on. Asks for what comes WALK_AHEAD later, which may lie past the end of K
+ * or V. */
 FM_INLINE void walk_touch(const uint8_t *p, const uint8_t *later, int64_t at, int64_t bytes)
 {
 #pragma GCC unroll 2
@@ -108,10 +108,12 @@ FM_INLINE void walk_tile(walk *w, int turn, const uint8_t *K, const uint8_t *V, 
         }
 }
 
-/* attn_softmax of all queries, a step of it for all before the next: each waits long for its maximum. */
-FM_INLINE void walk_softmax(walk *w, attn_query *q, float (*s)[ATTN_TILE], float scale, int64_t hd)
+/* attn_softmax of all queries, a step of it for all before the next: each waits long for its maximum. Whether sums so far
+ * are to shrink, and each query's by what. */
+FM_INLINE bool walk_softmax(attn_query *q, float (*s)[ATTN_TILE], float scale, float *by)
 {
     float now[WALK_Q];
+    bool shrinks = false;
 #pragma GCC unroll 8
     for (int i = 0; i < WALK_Q; i++) {
         vf top = vf_set(q[i].top);
@@ -120,14 +122,15 @@ FM_INLINE void walk_softmax(walk *w, attn_query *q, float (*s)[ATTN_TILE], float
             top = vf_max(vf_load(s[i] + j) * scale, top);
         now[i] = vf_top(top);
     }
-    for (int i = 0; i < WALK_Q; i++)
+    for (int i = 0; i < WALK_Q; i++) {
+        by[i] = 1;
         if (now[i] > q[i].top) {
-            const vf shrink = vf_exp_down(vf_set(q[i].top) - vf_set(now[i])); /* first tile: e^-inf = 0 */
-            for (int64_t d = 0; d < hd; d += VL)
-                vf_store(w->y[i] + d, vf_load(w->y[i] + d) * shrink);
-            q[i].total *= shrink[0];
+            by[i] = vf_exp_down(vf_set(q[i].top) - vf_set(now[i]))[0]; /* first tile: e^-inf = 0 */
+            q[i].total *= by[i];
             q[i].top = now[i];
+            shrinks = true;
         }
+    }
 #pragma GCC unroll 2
     for (int i = 0; i < WALK_Q; i++) {
         const vf shift = vf_set(now[i] == -INFINITY ? 0 : now[i]); /* all scores -inf: weights 0, the result is NaN */
@@ -140,6 +143,14 @@ FM_INLINE void walk_softmax(walk *w, attn_query *q, float (*s)[ATTN_TILE], float
         }
         q[i].total += vf_sum(total);
     }
+    return shrinks;
+}
+
+FM_INLINE void walk_shrink(walk *w, const float *by, int64_t hd)
+{
+    for (int i = 0; i < WALK_Q; i++)
+        for (int64_t d = 0; d < hd && by[i] < 1; d += VL)
+            vf_store(w->y[i] + d, vf_load(w->y[i] + d) * by[i]);
 }
 
 /* The whole tiles of a part that begins at t0; returns where they end. The queries' parts are set. */
@@ -161,7 +172,9 @@ FM_INLINE int64_t walk_part(attn_query *q, const fm_kv_head *kv, int64_t t0, int
             walk_tile(&w, i % 2, K, V, hd, i + 1 == n, plain);
             V += tile;
         }
-        walk_softmax(&w, q, w.s[i % 2], scale, hd);
+        float by[WALK_Q];
+        if (walk_softmax(q, w.s[i % 2], scale, by))
+            walk_shrink(&w, by, hd);
     }
     if (n > 0)
         walk_tile(&w, n % 2, NULL, V, hd, true, plain);
