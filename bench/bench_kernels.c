@@ -1,6 +1,7 @@
 /* Measures the CPU kernels on the expert shapes of real models: weights streamed from memory by one row of x (GB/s,
  * beside the read bandwidth measured between the runs), products with many rows (GFLOP/s, beside the register-loop
- * peaks), attention and DeltaNet. A row of each product is checked against the reference first.
+ * peaks), attention and DeltaNet; attention of a token whose K and V come from memory (as the weights). A row of each
+ * product is checked against the reference first.
  *   bench_kernels [--variant NAME] [--numeric exact|fast] [--threads N] [--runs N] [--mbytes N] [--only WORD] */
 #include <getopt.h>
 #include <math.h>
@@ -36,6 +37,7 @@ static const shape shapes[] = {
 
 static const fm_quant formats[] = {FM_QUANT_AFFINE2, FM_QUANT_AFFINE3, FM_QUANT_AFFINE4, FM_QUANT_AFFINE8,
                                    FM_QUANT_BF16};
+static const fm_quant kv_formats[] = {FM_QUANT_F32, FM_QUANT_F16, FM_QUANT_BF16};
 
 typedef struct rig {
     const settings *s;
@@ -252,7 +254,6 @@ static float *floats(int64_t n)
 /* Both KV heads read the same K, V: counted once. Times of decode are per token, of prefill per row. */
 static void run_attention(rig *r, sequence *q, float *out)
 {
-    static const fm_quant kv_formats[] = {FM_QUANT_F32, FM_QUANT_F16, FM_QUANT_BF16};
     static const int64_t contexts[] = {4096, 32768};
     const int64_t hd = 256, most = 32768;
     float *kv = floats(2 * most * hd), *qg = floats(MAX_N * 16 * 2 * hd);
@@ -288,6 +289,71 @@ static void run_attention(rig *r, sequence *q, float *out)
            16.0 * 2 * MAX_N * (double)(MAX_N * hd));
 }
 
+/* ---- attention of a token, its K and V from memory -------------------------------------------------- */
+
+enum { KV_LAYERS = 3, KV_HEADS = 2, KV_CONTEXT = 32768, KV_DIM = 256 };
+
+typedef struct cached {
+    const rig *r;
+    fm_attn_args attn;
+    fm_kv_head kv[KV_LAYERS][KV_HEADS];
+    float *parts;
+    int64_t stride;
+    int layer;
+} cached;
+
+static void cached_task(void *ctx, int64_t task, int worker)
+{
+    (void)worker;
+    const cached *c = ctx;
+    const int64_t n = KV_CONTEXT / FM_ATTN_PART, g = task / n; /* as the CPU backend divides them */
+    c->r->k.attend_part(&c->attn, 0, 1, g, &c->kv[c->layer][g], KV_CONTEXT - 1, task % n, c->parts + task * c->stride);
+}
+
+static void run_cached(rig *r, fm_quant format)
+{
+    const int64_t n = (int64_t)KV_CONTEXT * KV_DIM, bytes = n * fm_quant_get(format)->bits / 8, noise_n = 1 << 20;
+    cached c = {.r = r, .stride = 8 * fm_attn_part_floats(KV_DIM)};
+    float *q = floats(8 * KV_HEADS * KV_DIM), *noise = floats(noise_n);
+    c.parts = floats(KV_CONTEXT / FM_ATTN_PART * KV_HEADS * c.stride);
+    c.attn = (fm_attn_args){.n_heads = 8 * KV_HEADS, .n_kv_heads = KV_HEADS, .head_dim = KV_DIM, .scale = 0.0625f, .q = q,
+                            .ld_q = 8 * KV_HEADS * KV_DIM, .ld_q_head = KV_DIM, .y = r->y, .ld_y = 8 * KV_HEADS * KV_DIM};
+    void *p;
+    must(fm_region_alloc((size_t)bytes * 2 * KV_LAYERS * KV_HEADS, true, &p), "memory");
+    for (int i = 0; i < 2 * KV_LAYERS * KV_HEADS; i++) {
+        uint8_t *at = (uint8_t *)p + i * bytes;
+        for (int64_t j = 0; j < n; j += noise_n)
+            r->k.kv_store(format, noise, noise_n, at + j * (bytes / n));
+        fm_kv_head *kv = &c.kv[i / 2 / KV_HEADS][i / 2 % KV_HEADS];
+        kv->format = format;
+        *(i % 2 ? &kv->v : &kv->k) = at;
+    }
+    const double all = (double)bytes * 2 * KV_LAYERS * KV_HEADS;
+    bench_series gbps = {.n = 0}, roof = {.n = 0}, share = {.n = 0};
+    for (int i = -1; i < r->s->runs; i++) { /* what is read between them takes K and V out of the caches */
+        const double read = roof_read_seconds(r->pool, r->weights, r->s->bytes);
+        const int64_t start = fm_clock_ns();
+        for (c.layer = 0; c.layer < KV_LAYERS; c.layer++)
+            fm_parallel_for(r->pool, KV_CONTEXT / FM_ATTN_PART * KV_HEADS, cached_task, &c);
+        const double t = (double)(fm_clock_ns() - start) * 1e-9;
+        if (i < 0)
+            continue;
+        bench_add(&gbps, all / t / 1e9);
+        bench_add(&roof, (double)r->s->bytes / read / 1e9);
+        bench_add(&share, all / t / ((double)r->s->bytes / read));
+    }
+    bench_json_begin("kernels");
+    bench_json_text("op", "attention of a token, 3 layers of 32k positions");
+    bench_json_text("variant", r->k.name);
+    bench_json_text("format", fm_quant_get(format)->name);
+    bench_json_int("threads", r->s->threads);
+    bench_json_series("gbps", &gbps);
+    bench_json_series("read_gbps", &roof);
+    bench_json_series("share_of_read", &share);
+    bench_json_end();
+    fm_region_free(p, (size_t)bytes * 2 * KV_LAYERS * KV_HEADS);
+}
+
 static void run_sequence(rig *r)
 {
     const int64_t layers = 8;
@@ -311,7 +377,7 @@ static void run_sequence(rig *r)
 static void usage(void)
 {
     fprintf(stderr, "bench_kernels [--variant NAME] [--numeric exact|fast] [--threads N] [--runs N] [--mbytes N] "
-                    "[--only peaks|matvec|matmul|sequence]\n");
+                    "[--only peaks|matvec|matmul|sequence|attention]\n");
     exit(2);
 }
 
@@ -385,6 +451,8 @@ int main(int argc, char **argv)
         }
     if (wanted(&s, "sequence"))
         run_sequence(&r);
+    for (int f = 0; f < FM_COUNT(kv_formats) && wanted(&s, "attention"); f++)
+        run_cached(&r, kv_formats[f]);
     fm_pool_close(r.pool);
     return 0;
 }
