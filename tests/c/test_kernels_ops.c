@@ -257,6 +257,62 @@ static void attend_unseen(const fm_kernels *k, fm_quant format)
     }
 }
 
+/* What is no number in one row of K or V, of whole tiles and behind them, is none in the output; huge and subnormal numbers
+ * are none of it. `of` 8 queries: those of one row may take a way of their own. */
+static void attend_odd_numbers(const fm_kernels *k, fm_quant format, int64_t of)
+{
+    enum { HD = 64, N = 150 };
+    static const int64_t rows[] = {0, 15, 16, 31, 32, 63, 64, 127, 128, 149};
+    static float x[N * HD], q[8 * HD], y[8 * HD], scratch[FM_ATTN_PASS * 80];
+    static uint32_t K[N * HD], V[N * HD];
+    const fm_kv_head kv = {K, V, format};
+    const fm_attn_args a = {.n_heads = of, .n_kv_heads = 1, .head_dim = HD, .scale = 1, .q = q, .ld_q = 8 * HD,
+                            .ld_q_head = HD, .y = y, .ld_y = 8 * HD};
+    for (int i = 0; i < 8 * HD; i++)
+        q[i] = (float)(i % 5 - 2) / 4;
+    for (int i = 0; i < N * HD; i++)
+        x[i] = (float)(i % 7 - 3) / 8;
+    k->kv_store(format, x, N * HD, K);
+    for (int bad = 0; bad < 2; bad++)
+        for (int i = 0; i < FM_COUNT(rows); i++) {
+            x[rows[i] * HD + 21] = bad ? INFINITY : NAN;
+            k->kv_store(format, x, N * HD, V);
+            x[rows[i] * HD + 21] = 0;
+            k->attend_rows(&a, 0, 1, 0, &kv, N - 1, scratch);
+            for (int64_t d = 0; d < of * HD; d++)
+                CHECK(isfinite(y[d]) == (d % HD != 21));
+        }
+    k->kv_store(format, x, N * HD, V);
+    for (int i = 0; i < FM_COUNT(rows); i++) {
+        x[rows[i] * HD + 21] = NAN;
+        k->kv_store(format, x, N * HD, K);
+        x[rows[i] * HD + 21] = 0;
+        k->attend_rows(&a, 0, 1, 0, &kv, N - 1, scratch);
+        for (int64_t d = 0; d < of * HD; d++)
+            CHECK(!isfinite(y[d]));
+    }
+    const float scales[] = {0, 0x1p-24f, 0x1p-20f, 0x1p-14f, 60000};
+    float k_back[N * HD], v_back[N * HD];
+    double want[HD];
+    int wrong = 0;
+    for (int i = 0; i < N * HD; i++)
+        x[i] = (float)(i % 11 - 5) / 16;
+    round_kv(k, format, x, N * HD, K);
+    memcpy(k_back, x, sizeof x);
+    for (int i = 0; i < FM_COUNT(scales); i++) {
+        for (int d = 0; d < N * HD; d++)
+            v_back[d] = scales[i] * (float)(d % 9 - 4) / 4;
+        round_kv(k, format, v_back, N * HD, V);
+        k->attend_rows(&a, 0, 1, 0, &kv, N - 1, scratch);
+        for (int64_t h = 0; h < of; h++) {
+            attend_exact(&a, 0, h, k_back, v_back, N, want);
+            for (int64_t d = 0; d < HD; d++)
+                wrong += report("attend odd", k, d, y[h * HD + d], want[d], ldexp(scales[i] * 1.01, -18));
+        }
+    }
+    CHECK_INT(wrong, 0);
+}
+
 static const fm_quant kv_formats[] = {FM_QUANT_F32, FM_QUANT_F16, FM_QUANT_BF16};
 
 static void attention(const fm_kernels *k, bool fast)
@@ -267,6 +323,8 @@ static void attention(const fm_kernels *k, bool fast)
     for (int f = 0; f < FM_COUNT(kv_formats); f++) {
         const fm_quant q = kv_formats[f];
         attend_unseen(k, q);
+        attend_odd_numbers(k, q, 8);
+        attend_odd_numbers(k, q, 3);
         check_attention(k, q, 1, 1, 8, 1, 0, false, &s);
         check_attention(k, q, 4, 2, 24, 5, 61, true, &s);
         check_attention(k, q, 8, 1, 64, 67, 3, true, &s);
@@ -277,6 +335,11 @@ static void attention(const fm_kernels *k, bool fast)
         check_attention(k, q, 5, 1, 33, 30, 0, true, &s);
         check_attention(k, q, 2, 1, 16, 40, FM_ATTN_PART - 20, true, &s); /* rows on both sides of a part's end */
         check_attention(k, q, 3, 1, 300, 2, 2 * FM_ATTN_PART + 63, false, &s);
+        check_attention(k, q, 8, 1, 64, 34, 0, false, &s);  /* 1 .. 34 positions */
+        check_attention(k, q, 8, 1, 256, 3, FM_ATTN_PART - 2, false, &s);
+        check_attention(k, q, 8, 1, 192, 1, 2 * FM_ATTN_PART - 1, true, &s);
+        check_attention(k, q, 7, 1, 64, 3, FM_ATTN_PART + 62, true, &s);
+        check_attention(k, q, 1, 1, 128, 2, 255, false, &s);
         check_attention(k, q, 130, 1, 17, 2, FM_ATTN_PART, true, &s); /* more queries in a row than in a pass */
     }
 }
