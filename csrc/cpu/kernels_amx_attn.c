@@ -10,9 +10,9 @@
  *
  * Unpacking V to pairs within 128 bits leaves 32 dims in another order; the sums of a part stay in it until it is done.
  *
- * Prompts are what this is for: they take half the time. A token's few queries are as fast as vector code makes them, a
- * little less: V is unpacked for 8 queries as for 128. What helps there: four sums at a time against the latency of each,
- * V unpacked between the products of the dims before, V asked for while K is used and the next K while V is. */
+ * Here are a prompt's many queries; the few of one row take another way through whole tiles: kernels_amx_attn_walk.h. What
+ * helps here: four sums at a time against the latency of each, V unpacked between the products of the dims before, V asked
+ * for while K is used and the next K while V is. */
 #include "cpu/kernels_impl.h"
 
 #if defined(__x86_64__) && defined(__linux__)
@@ -190,6 +190,13 @@ static bool tiles_finite(const uint8_t *V, int64_t n, int64_t hd)
     return bad == 0;
 }
 
+/* 32 dims of two rows of V as a row of two tiles. */
+FM_INLINE void tiles_pairs(__m512i even, __m512i odd, uint16_t *first, uint16_t *second)
+{
+    _mm512_store_si512(first, _mm512_unpacklo_epi16(even, odd));
+    _mm512_store_si512(second, _mm512_unpackhi_epi16(even, odd));
+}
+
 /* Pairs from .. to of n rows at V, zeros past them; 64 dims. K of the next tile is asked for meanwhile. */
 FM_INLINE void tiles_unpack(tile (*v)[TILE_DIMS / 16], const uint8_t *V, int64_t n, int64_t hd, int64_t from, int64_t to,
                             const uint8_t *ahead)
@@ -202,8 +209,7 @@ FM_INLINE void tiles_unpack(tile (*v)[TILE_DIMS / 16], const uint8_t *V, int64_t
         for (int x = 0; x < TILE_DIMS / 32; x++) {
             const __m512i even = 2 * r < n ? _mm512_loadu_si512(row + x * 64) : _mm512_setzero_si512();
             const __m512i odd = 2 * r + 1 < n ? _mm512_loadu_si512(row + hd * 2 + x * 64) : _mm512_setzero_si512();
-            _mm512_store_si512(v[r / 16][2 * x][r % 16], _mm512_unpacklo_epi16(even, odd));
-            _mm512_store_si512(v[r / 16][2 * x + 1][r % 16], _mm512_unpackhi_epi16(even, odd));
+            tiles_pairs(even, odd, v[r / 16][2 * x][r % 16], v[r / 16][2 * x + 1][r % 16]);
         }
     }
 }
@@ -293,14 +299,21 @@ static void tiles_order(const attn_query *q, int64_t nq, int64_t hd)
         }
 }
 
+#include "cpu/kernels_amx_attn_walk.h"
+
 static bool tiles_part(attn_query *q, int64_t nq, const fm_kv_head *kv, int64_t t0, int64_t hd, float scale)
 {
     tiles_work w;
     if (kv->format != FM_QUANT_BF16 || hd % TILE_DIMS != 0 || hd > ATTN_DIMS)
         return false;
-    w.rows = 0;
+    attn_walk at = attn_part_begin(q, nq, t0, hd);
     tiles_pack_queries(&w, q, nq, hd);
-    for (attn_walk at = attn_part_begin(q, nq, t0, hd); attn_part_step(&at, kv, hd, FM_QUANT_BF16);) {
+    if (nq <= WALK_Q && q[0].n_pos == q[nq - 1].n_pos) { /* whole tiles; another one is the last of all */
+        at.end = tiles_walk_part(q, nq, (const tile(*)[3])w.q[0], kv, t0, hd, scale);
+        at.t0 = at.end > t0 ? t0 : at.end;
+    }
+    w.rows = 0;
+    while (attn_part_step(&at, kv, hd, FM_QUANT_BF16)) {
         float (*s)[ATTN_TILE] = w.s + (at.live - q);
         tiles_scores(&w, at.live - q, &at, kv, hd);
         for (int64_t i = 0; i < at.n; i++)
