@@ -172,22 +172,28 @@ static void *worker_main(void *arg)
     return NULL;
 }
 
-static int start_workers(fm_pool *p)
+int fm_thread_start(pthread_t *thread, size_t stack_bytes, void *(*run)(void *), void *arg)
 {
     pthread_attr_t attr;
     sigset_t all, before;
-    int rc = 0, n = 1;
     pthread_attr_init(&attr);
-    pthread_attr_setstacksize(&attr, STACK_BYTES);
+    pthread_attr_setstacksize(&attr, stack_bytes);
     /* Signals belong to the program's own threads (Ctrl-C must reach Python's). */
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    for (; n < p->n_threads && rc == 0; n += rc == 0) {
-        p->workers[n] = (worker){.pool = p, .index = n};
-        rc = pthread_create(&p->workers[n].thread, &attr, worker_main, &p->workers[n]);
-    }
+    const int rc = pthread_create(thread, &attr, run, arg);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     pthread_attr_destroy(&attr);
+    return rc;
+}
+
+static int start_workers(fm_pool *p)
+{
+    int rc = 0, n = 1;
+    for (; n < p->n_threads && rc == 0; n += rc == 0) {
+        p->workers[n] = (worker){.pool = p, .index = n};
+        rc = fm_thread_start(&p->workers[n].thread, STACK_BYTES, worker_main, &p->workers[n]);
+    }
     p->n_threads = n; /* on failure: only those that run are joined */
     return rc;
 }

@@ -1,9 +1,11 @@
-/* Owns: the one worker pool. No other file but io/io_pool.c starts threads.
+/* Owns: the one worker pool, and starting threads: its own and those that read (io/io_waiter.c).
  * One fm_parallel_for at a time per pool, from any thread; no nesting; the calling thread works
  * too. After fork the child's pool has no workers: it still works, on the calling thread alone. */
 #ifndef FM_BASE_THREADS_H
 #define FM_BASE_THREADS_H
 
+#include <pthread.h>
+#include <stddef.h>
 #include <stdint.h>
 
 #include "base/status.h"
@@ -24,5 +26,8 @@ void fm_parallel_for(fm_pool *p, int64_t n_tasks, fm_task_fn *fn, void *ctx);
 /* The same for small tasks that are cheaper in a row: a call gets up to `most` >= 1 of them, and fewer and fewer towards
  * the end, so that all threads end together. */
 void fm_parallel_ranges(fm_pool *p, int64_t n_tasks, int64_t most, fm_range_fn *fn, void *ctx);
+
+/* A thread that never gets a signal. Returns 0 or what pthread_create does. */
+int fm_thread_start(pthread_t *thread, size_t stack_bytes, void *(*run)(void *), void *arg);
 
 #endif

@@ -3,7 +3,6 @@
  * before speculative ones; within a priority, first come first served. */
 #include "io/io_pool.h"
 
-#include "base/clock.h"
 #include "base/mem.h"
 #include "io/io_waiter.h"
 
@@ -142,13 +141,7 @@ fm_status fm_io_pool_wait(void *state, fm_io_req **done, int max_done, int min_d
 void fm_io_pool_cancel(void *state, fm_io_req *req)
 {
     pool *const p = state;
-    pthread_mutex_lock(&p->out.lock);
-    if (req->state == FM_IO_QUEUED && fm_io_queue_remove(&p->queued[req->priority], req)) {
-        req->status = FM_ERR_CANCELLED;
-        req->ns_queued = fm_clock_ns() - req->ns_queued;
-        fm_io_waiter_complete(&p->out, req);
-    }
-    pthread_mutex_unlock(&p->out.lock);
+    fm_io_waiter_cancel(&p->out, p->queued, req);
 }
 
 void fm_io_pool_promote(void *state, fm_io_req *req)

@@ -19,7 +19,6 @@
 #include <time.h>
 #include <unistd.h>
 
-#include "base/clock.h"
 #include "base/log.h"
 #include "base/mem.h"
 #include "io/io_waiter.h"
@@ -327,13 +326,7 @@ static fm_status wait_uring(void *state, fm_io_req **done, int max_done, int min
 static void cancel_uring(void *state, fm_io_req *req)
 {
     ring *const r = state;
-    pthread_mutex_lock(&r->out.lock);
-    if (req->state == FM_IO_QUEUED && fm_io_queue_remove(&r->queued[req->priority], req)) {
-        req->status = FM_ERR_CANCELLED;
-        req->ns_queued = fm_clock_ns() - req->ns_queued;
-        fm_io_waiter_complete(&r->out, req);
-    }
-    pthread_mutex_unlock(&r->out.lock);
+    fm_io_waiter_cancel(&r->out, r->queued, req);
 }
 
 /* Into the ring at once: a leader would fill it only when something completes. */

@@ -2,9 +2,9 @@
 #include "io/io_waiter.h"
 
 #include <errno.h>
-#include <signal.h>
 
 #include "base/clock.h"
+#include "base/threads.h"
 
 enum { STACK_BYTES = 256 << 10 };
 
@@ -57,6 +57,17 @@ void fm_io_waiter_complete(fm_io_waiter *w, fm_io_req *r)
         pthread_cond_signal(&w->completed);
 }
 
+void fm_io_waiter_cancel(fm_io_waiter *w, fm_io_queue *queued, fm_io_req *req)
+{
+    pthread_mutex_lock(&w->lock);
+    if (req->state == FM_IO_QUEUED && fm_io_queue_remove(&queued[req->priority], req)) {
+        req->status = FM_ERR_CANCELLED;
+        req->ns_queued = fm_clock_ns() - req->ns_queued;
+        fm_io_waiter_complete(w, req);
+    }
+    pthread_mutex_unlock(&w->lock);
+}
+
 void fm_io_waiter_wait(fm_io_waiter *w, fm_io_req **done, int max_done, int min_done,
                        int64_t timeout_ns, int *n_done)
 {
@@ -77,17 +88,9 @@ void fm_io_waiter_wait(fm_io_waiter *w, fm_io_req **done, int max_done, int min_
 fm_status fm_io_start_threads(pthread_t *threads, int n, void *(*run)(void *), void *arg,
                               int *n_started)
 {
-    pthread_attr_t attr;
-    sigset_t all, before;
     int rc = 0;
-    pthread_attr_init(&attr);
-    pthread_attr_setstacksize(&attr, STACK_BYTES);
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
     for (*n_started = 0; *n_started < n && rc == 0; *n_started += rc == 0)
-        rc = pthread_create(&threads[*n_started], &attr, run, arg);
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-    pthread_attr_destroy(&attr);
+        rc = fm_thread_start(&threads[*n_started], STACK_BYTES, run, arg);
     return rc == 0 ? FM_OK
                    : fm_fail(FM_ERR_NOMEM, "I/O: the system gave %d of %d threads: %s", *n_started, n,
                              rc == EAGAIN ? "no more allowed" : "refused");

@@ -17,12 +17,13 @@ typedef struct fm_io_waiter {
 void fm_io_waiter_init(fm_io_waiter *w);
 void fm_io_waiter_destroy(fm_io_waiter *w);
 void fm_io_waiter_complete(fm_io_waiter *w, fm_io_req *r); /* with the lock held */
+/* As fm_io_cancel; queued: the method's, by priority. Without the lock. */
+void fm_io_waiter_cancel(fm_io_waiter *w, fm_io_queue *queued, fm_io_req *req);
 /* As fm_io_wait, arguments checked; without the lock. */
 void fm_io_waiter_wait(fm_io_waiter *w, fm_io_req **done, int max_done, int min_done,
                        int64_t timeout_ns, int *n_done);
 
-/* Threads that never get a signal: those belong to the program's own. FM_ERR_NOMEM when the system
- * gives fewer than n; *n_started are running either way. */
+/* FM_ERR_NOMEM when the system gives fewer than n; *n_started are running either way. */
 fm_status fm_io_start_threads(pthread_t *threads, int n, void *(*run)(void *), void *arg,
                               int *n_started);
 
