@@ -101,4 +101,6 @@ inline float affine_at(device const uint *codes, uint at, device const uchar *sc
 inline device const uint *row_of(device const uint *p, ulong bytes) {
     return (device const uint *)((device const uchar *)p + bytes);
 }
+
+inline float pick(bool second, float a, float b) { return second ? b : a; }
 #endif

@@ -122,8 +122,6 @@ inline float mu_value(thread const uint *w, uint k) {
     return plain_value(mu_paired() ? w[k / 2] >> (k % 2 * 16) & 0xffff : w[k], FC_SCALE);
 }
 
-inline float mu_pick(bool second, float a, float b) { return second ? b : a; }
-
 // The lane's share of two rows of a tile; and loads the next, if there are `more`. x: its words in
 // threadgroup memory, if they are its `own`; `mine` holds them for a while, in other lanes zeros.
 inline float2 mu_use(thread const mu_tile &t, threadgroup const uint4 *x, bool own,
@@ -170,7 +168,7 @@ inline float2 mu_use(thread const mu_tile &t, threadgroup const uint4 *x, bool o
 inline void mu_store(float2 v, uint lane, threadgroup float *part) {
     const uint quad = mu_quad(lane);
     const bool odd = quad % 2 != 0;
-    float s = mu_pick(odd, v.x, v.y) + simd_shuffle_xor(mu_pick(odd, v.y, v.x), MU_NEXT);
+    float s = pick(odd, v.x, v.y) + simd_shuffle_xor(pick(odd, v.y, v.x), MU_NEXT);
     s += simd_shuffle_xor(s, MU_AFTER);
     if (quad < 2)
         part[8 * quad + mu_row(lane)] = s;

@@ -153,8 +153,6 @@ inline float block_dot(thread const mv_block &o, uint r, thread const mv_x &x) {
     return sum;
 }
 
-inline float pick(bool second, float a, float b) { return second ? b : a; }
-
 // Rows 2i and 2i + 1 of a simdgroup over its slice, added to what an earlier tile gave. Even lanes
 // add up the first row, odd lanes the second: half the steps of two sums.
 inline void use_blocks(thread const mv_block &o, thread const mv_x &x, uint i, bool more, uint lane,
