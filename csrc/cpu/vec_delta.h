@@ -13,6 +13,7 @@ enum {
     /* Vectors of a column block when many tokens pass: 16 or 32 KiB of state at dk = 128, and sums enough to hide
      * the latency of FMA. */
     DELTA_NV = 4,
+    DELTA_AHEAD = 2048, /* bytes; 1024 and 4096 gained less */
 };
 
 FM_STATIC int64_t delta_scratch_vec(const fm_delta_args *a, int64_t n)
@@ -149,6 +150,8 @@ FM_STATIC void delta_vec(const fm_delta_args *a, int64_t h, int64_t n, const flo
     const int64_t cap = n < DELTA_ROWS ? n : DELTA_ROWS;
     float *q = scratch, *k = q + cap * dk, *alpha = k + cap * dk, *beta = alpha + cap, *block = beta + cap;
     const double decay = -exp((double)a->A_log[h]), q_scale = 1 / sqrt((double)dk);
+    for (int64_t i = 0; n == 1 && i < DELTA_AHEAD; i += 64) /* on its way while q and k are normalised */
+        __builtin_prefetch((const char *)S_in + i);
     for (int64_t t0 = 0; t0 < n; t0 += cap) {
         const int64_t nt = n - t0 < cap ? n - t0 : cap;
         for (int64_t t = 0; t < nt; t++) {

@@ -128,6 +128,14 @@ FM_STATIC void conv_silu_vec(const float *m, int64_t ldm, const float *weight, i
     enum { BLOCK = 32 }; /* vectors: rows are read in long enough pieces for the hardware's prefetcher */
     const int64_t hist = kern - 1;
     assert(kern <= CONV_MAX);
+    for (int64_t c = c0; n == 1 && c < c1; c += 16) { /* many short pieces: no hardware prefetcher sees them coming */
+        for (int64_t j = 0; j < hist; j++) {
+            __builtin_prefetch(hist_in + j * n_ch + c);
+            __builtin_prefetch(hist_out + j * n_ch + c, 1);
+        }
+        for (int64_t j = 0; j < kern; j++)
+            __builtin_prefetch(weight + c * kern + j * 16);
+    }
     for (int64_t c = c0; c < c1; c += BLOCK * VL) {
         const int64_t nc = c1 - c < BLOCK * VL ? c1 - c : BLOCK * VL;
         vf w[BLOCK * CONV_MAX]; /* [vector][tap] */
