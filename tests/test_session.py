@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 
+import checkpoint_files as files
 import engines
 import numpy as np
 import pytest
@@ -49,6 +50,43 @@ def long_ids(name: str) -> np.ndarray:
 
 def is_recurrent(name: str) -> bool:
     return any(core_desc(name)["config"]["mixers"])
+
+
+# ---- failures ----
+
+
+def test_logits_of_a_failed_step_replace_none(tmp_path, variant):
+    """A token at which the head overflows: its logits are refused and the last good ones stay."""
+    name, good, spiked = "q35dense", [3, 1, 4], 7
+    path = files.copy(name, tmp_path / "model")
+
+    def spike(tensors):  # 5e37 times the normed hidden state, of which a token has all in one place
+        key = next(k for k in tensors if k.endswith("embed_tokens.weight"))
+        embed = tensors[key]
+        assert embed.dtype == "BF16"
+        rows = np.frombuffer(embed.data, np.uint16).reshape(embed.shape).copy()
+        rows[spiked] = 0
+        rows[spiked, 0] = 0x447A  # 1000
+        head = np.zeros_like(rows)
+        np.fill_diagonal(head, 0x7E16)
+        tensors[key] = files.Stored(embed.dtype, embed.shape, rows.tobytes())
+        tensors["lm_head.weight"] = files.Stored(embed.dtype, embed.shape, head.tobytes())
+
+    def untie(config):
+        config["tie_word_embeddings"] = files.text_of(config)["tie_word_embeddings"] = False
+
+    files.change_tensors(path, spike)
+    files.change_config(path, untie)
+    with core_engine(open_checkpoint(path).to_core()) as engine:
+        _, other = run(engine, [*good, good[0]], chunk=1)
+        _, session = run(engine, good, chunk=1)
+        want = session.logits()
+        for _ in range(2):
+            with pytest.raises(ModelFileError, match="logits are not finite"):
+                session.step(spiked)
+            np.testing.assert_array_equal(session.logits(), want)
+        session.step(good[0])
+        np.testing.assert_array_equal(session.logits(), other.logits())
 
 
 # ---- slots ----

@@ -35,6 +35,7 @@ typedef struct fm_caps {
     bool unified_memory; /* alloc'ed addresses are valid on the host too */
     bool asynchronous;   /* ops only run by sync or flush */
     bool pipelined;      /* the ops of that name are there */
+    bool any_memory;     /* ops read and write any address of the process, not only what alloc gave */
     size_t max_bytes;    /* recommended limit of all allocations; 0: none known */
     size_t max_buffer_bytes; /* of one allocation; 0: none known */
     const char *device;  /* its name, borrowed until close; NULL: the processor */

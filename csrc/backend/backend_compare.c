@@ -603,6 +603,7 @@ static fm_caps op_caps(const fm_backend *b)
     const fm_backend *dev = ((const compare *)b)->dev;
     fm_caps caps = dev->v->caps(dev);
     caps.pipelined = false; /* an op is judged when it is called: its result must be there */
+    caps.any_memory = false; /* both sides must know what an op writes */
     caps.kv_formats = 0; /* caches are compared as f32 */
     return caps;
 }

@@ -45,7 +45,7 @@ static void cpu_close(fm_backend *b)
 static fm_caps cpu_caps(const fm_backend *b)
 {
     (void)b;
-    const fm_caps caps = {.unified_memory = true, .kv_formats = 1u << FM_QUANT_F16 | 1u << FM_QUANT_BF16};
+    const fm_caps caps = {.unified_memory = true, .any_memory = true, .kv_formats = 1u << FM_QUANT_F16 | 1u << FM_QUANT_BF16};
     return caps;
 }
 

@@ -41,7 +41,7 @@ struct fm_session {
     fm_engine *engine;
     fm_session *next, *prev;
     fm_state *state; /* NULL once the engine is closed */
-    float *logits;
+    float *both_logits, *logits, *next_logits; /* a forward writes the next and swaps them when it succeeded */
     int64_t pos, context; /* copies that need no lock */
     bool has_logits;
     atomic_bool cancel;

@@ -15,9 +15,10 @@ fm_status fm_session_create(fm_engine *e, int64_t context, fm_session **out)
     void *mem = NULL, *logits = NULL;
     fm_state *state = NULL;
     const int64_t ctx = context > 0 ? context : e->context;
+    const size_t vocab = (size_t)e->model->c.vocab_size;
     fm_status s = fm_alloc(sizeof(fm_session), &mem);
     if (s == FM_OK)
-        s = fm_alloc((size_t)e->model->c.vocab_size * sizeof(float), &logits);
+        s = fm_alloc(2 * vocab * sizeof(float), &logits);
     if (s == FM_OK)
         s = fm_state_open(&e->model->c, e->be, ctx, e->kv_format, &state);
     if (s != FM_OK) {
@@ -29,7 +30,8 @@ fm_status fm_session_create(fm_engine *e, int64_t context, fm_session **out)
     fm_session *n = mem;
     n->engine = e;
     n->state = state;
-    n->logits = logits;
+    n->both_logits = n->logits = logits;
+    n->next_logits = n->logits + vocab;
     n->context = ctx;
     atomic_init(&n->cancel, false);
     n->next = e->sessions;
@@ -57,7 +59,7 @@ void fm_session_free(fm_session *s)
         fm_state_close(s->state);
         fm_engine_leave(e);
     }
-    fm_free(s->logits);
+    fm_free(s->both_logits);
     fm_free(s);
     fm_engine_unref(e);
 }
@@ -95,7 +97,7 @@ static fm_status gather_spans(fm_engine *e, const fm_row *rows, int64_t n_rows, 
         fm_session *s = rows[r].session;
         e->span_sessions[n] = s;
         e->states[n] = s->state;
-        e->last_logits[n] = s->logits;
+        e->last_logits[n] = s->next_logits;
         e->spans[n] = (fm_span){r, 1, s->engine == e ? fm_state_pos(s->state) : 0};
         n++;
     }
@@ -138,8 +140,12 @@ static fm_status forward_locked(fm_engine *e, const fm_row *rows, int64_t n_rows
     };
     FM_TRY(fm_model_forward(e->model, &b));
     for (int i = 0; i < n_spans; i++) {
-        e->span_sessions[i]->pos = fm_state_pos(e->states[i]);
-        e->span_sessions[i]->has_logits = true;
+        fm_session *s = e->span_sessions[i];
+        float *const before = s->logits;
+        s->logits = s->next_logits;
+        s->next_logits = before;
+        s->has_logits = true;
+        s->pos = fm_state_pos(e->states[i]);
     }
     count(e, n_spans, n_rows, fm_clock_ns() - t0);
     return FM_OK;

@@ -21,10 +21,10 @@ fm_status fm_check_cancel(const fm_batch *b);
 enum { FM_LOGIT_ROWS = 16 };
 fm_status fm_norm_rows(fm_model *m, const float *w, int64_t n); /* s.h = norm of s.x */
 fm_status fm_head(fm_model *m, const fm_batch *b);
-/* Its steps: the normed rows whose logits are wanted, and where these go; logits of n of them from the r-th on; to
- * their places; what the logits of all rows and of the last ones share. */
+/* Its steps: the normed rows whose logits are wanted, and where these go; logits of n of them from the r-th on to
+ * y; from s.logits to their places; what the logits of all rows and of the last ones share. */
 fm_status fm_head_input(fm_model *m, const fm_batch *b, int64_t *n, float *const **to);
-fm_status fm_head_matmul(fm_model *m, int64_t r, int64_t n);
+fm_status fm_head_matmul(fm_model *m, int64_t r, int64_t n, float *y);
 void fm_head_output(fm_model *m, int64_t n, float *const *to);
 void fm_head_last(fm_model *m, const fm_batch *b);
 fm_status fm_head_nonfinite(void);

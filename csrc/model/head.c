@@ -31,10 +31,10 @@ fm_status fm_head_input(fm_model *m, const fm_batch *b, int64_t *n, float *const
     return FM_OK;
 }
 
-fm_status fm_head_matmul(fm_model *m, int64_t r, int64_t n)
+fm_status fm_head_matmul(fm_model *m, int64_t r, int64_t n, float *y)
 {
     const int64_t H = m->c.hidden_size;
-    const fm_matmul_item item = {m->head, NULL, m->s.logits, m->c.vocab_size, false, false};
+    const fm_matmul_item item = {m->head, NULL, y, m->c.vocab_size, false, false};
     return m->be->v->matmul(m->be, m->s.h + r * H, H, n, &item, 1);
 }
 
@@ -62,16 +62,19 @@ void fm_head_last(fm_model *m, const fm_batch *b)
 fm_status fm_head(fm_model *m, const fm_batch *b)
 {
     const int64_t t0 = fm_clock_ns(), tile = m->s.logit_rows;
+    const bool any = m->be->v->caps(m->be).any_memory; /* then a lone row of the head is not copied: it is a MB */
     int64_t n, bad;
     float *const *to;
     FM_TRY(fm_head_input(m, b, &n, &to));
     for (int64_t r = 0; r < n; r += tile) {
         const int64_t rows = n - r < tile ? n - r : tile;
-        FM_TRY(fm_head_matmul(m, r, rows));
-        FM_TRY(m->be->v->find_nonfinite(m->be, m->s.logits, rows, m->c.vocab_size, &bad));
+        float *const y = rows == 1 && to[r] && any ? to[r] : m->s.logits;
+        FM_TRY(fm_head_matmul(m, r, rows, y));
+        FM_TRY(m->be->v->find_nonfinite(m->be, y, rows, m->c.vocab_size, &bad));
         if (bad >= 0)
             return fm_head_nonfinite();
-        fm_head_output(m, rows, to + r);
+        if (y == m->s.logits)
+            fm_head_output(m, rows, to + r);
     }
     fm_head_last(m, b);
     FM_PHASE_END(m, head, -1, t0);

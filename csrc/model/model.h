@@ -109,7 +109,7 @@ typedef struct fm_batch {
     const fm_span *spans;
     fm_state *const *states;
     int n_spans;
-    float *const *last_logits;   /* [n_spans] of [vocab]; an entry may be NULL */
+    float *const *last_logits;   /* [n_spans] of [vocab], of no use after a failure; an entry may be NULL */
     float *all_logits;           /* [n_rows, vocab] or NULL */
     int32_t *trace_router;       /* [n_rows, n_layers, k], -1 for dense layers; or NULL */
     float *trace_hidden;         /* [n_rows, n_layers, hidden] after each layer; or NULL */

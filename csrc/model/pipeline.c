@@ -192,7 +192,7 @@ static fm_status record(fm_model *m, const fm_batch *b)
         FM_TRY(record_layer(m, b, l));
     m->be->layer = -1;
     FM_TRY(fm_head_input(m, b, &p->n_out, &p->out));
-    FM_TRY(fm_head_matmul(m, 0, p->n_out));
+    FM_TRY(fm_head_matmul(m, 0, p->n_out, m->s.logits));
     return m->be->v->mark_nonfinite(m->be, m->s.logits, p->n_out, m->c.vocab_size, p->row_marks);
 }
 

@@ -150,7 +150,7 @@ CombineArgs = struct("CombineArgs", y=P, n=I64, hidden=I64, part=P, start=P, ind
 ExpertLater = struct("ExpertLater", x=P, n_x=I64, gate=Mat, up=Mat, down=Mat, gate_y=P, up_y=P,
                      out=P, n_jobs=I64, n_parts=I64, table=P)  # fmt: skip
 Caps = struct("Caps", unified_memory=C.c_bool, asynchronous=C.c_bool, pipelined=C.c_bool,
-              max_bytes=C.c_size_t, max_buffer_bytes=C.c_size_t, device=C.c_char_p,
+              any_memory=C.c_bool, max_bytes=C.c_size_t, max_buffer_bytes=C.c_size_t, device=C.c_char_p,
               kv_formats=C.c_uint32)  # fmt: skip
 Opts = struct("Opts", name=C.c_char_p, pool=P, numeric=INT)
 Error = struct("Error", status=INT, err=INT, path=C.c_char_p, message=C.c_char_p)
