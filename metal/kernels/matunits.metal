@@ -256,10 +256,16 @@ kernel void mat_vec_units(device const fm_metal_item *items [[buffer(0)]],
     const uint n_all = a.slices / n_side * w.tiles, columns = n_side * 4 * mu_lane();
     mu_tile tiles[2];
     mu_load(w, a, columns, tiles[0]);
+    // Both before the first condition: behind it a wait for x would be one for the tile too, as below.
+    uint tops[2];
 #pragma unroll
     for (uint k = 0; k < 2; k++) {
         const float4 m = max(abs(x0[k]), abs(x1[k]));
-        const uint top = simd_max(as_type<uint>(max(max(m.x, m.y), max(m.z, m.w))));
+        tops[k] = as_type<uint>(max(max(m.x, m.y), max(m.z, m.w)));
+    }
+#pragma unroll
+    for (uint k = 0; k < 2; k++) {
+        const uint top = simd_max(tops[k]);
         // scale 2^(16 - exponent); its inverse and the 2^24 of subnormal halves are taken out later
         const uint bits = min(270 - (top >> 23), 253u), s = sg + k * n_sg;
         if (s * MU_STEP < a.slices * 4 * mu_lane()) {
