@@ -256,7 +256,7 @@ kernel void mat_vec_units(device const fm_metal_item *items [[buffer(0)]],
     const uint n_all = a.slices / n_side * w.tiles, columns = n_side * 4 * mu_lane();
     mu_tile tiles[2];
     mu_load(w, a, columns, tiles[0]);
-    // Both before the first condition: behind it a wait for x would be one for the tile too, as below.
+    // Both before the first condition: behind it a wait for x is one for the tile too (see mu_use).
     uint tops[2];
 #pragma unroll
     for (uint k = 0; k < 2; k++) {
