@@ -113,9 +113,9 @@ def test_a_checkpoint_counts_like_its_config(golden_q35):
     assert (g.expert_bytes, g.bits) == (same.expert_bytes, 4)
     assert g.kv_bytes_per_token == same.kv_bytes_per_token
     assert g.flops() == same.flops()
-    # What the engine plans: state in three copies of the recurrent part, and a row of logits.
+    # What the engine plans: state in three copies of the recurrent part, and two rows of logits.
     plan = _core.Engine.plan(d.to_core(), {"context": 100, "max_rows": 1, "n_slots": 0})
-    assert plan["state_bytes"] == g.state_bytes(100, copies=3) + 4 * g.vocab_size
+    assert plan["state_bytes"] == g.state_bytes(100, copies=3) + 2 * 4 * g.vocab_size
     assert plan["expert_record_bytes_max"] == g.expert_bytes
     assert plan["n_experts_total"] == g.n_experts_total
 

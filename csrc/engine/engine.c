@@ -66,7 +66,7 @@ fm_status fm_engine_plan_bytes(const fm_engine_model *model, const fm_engine_opt
     fm_engine_plan p = {.experts_per_token = k};
     FM_TRY(fm_weights_bytes(model->desc, &p.trunk_bytes));
     FM_TRY(fm_state_bytes(model->config, opts->context, kv, &p.state_bytes));
-    p.state_bytes += (size_t)model->config->vocab_size * sizeof(float);
+    p.state_bytes += FM_SESSION_ROWS * (size_t)model->config->vocab_size * sizeof(float);
     const int n_threads = opts->n_threads > 0 ? opts->n_threads : fm_cpu_count();
     const fm_model_sizes z = {k, opts->max_rows, opts->context, n_threads};
     FM_TRY(fm_model_scratch_bytes(model->config, &z, &p.scratch_bytes));

@@ -37,11 +37,14 @@ struct fm_engine {
     void *lists;
 };
 
+enum { FM_SESSION_ROWS = 2 }; /* of logits */
+
 struct fm_session {
     fm_engine *engine;
     fm_session *next, *prev;
     fm_state *state; /* NULL once the engine is closed */
-    float *both_logits, *logits, *next_logits; /* a forward writes the next and swaps them when it succeeded */
+    float *logits[FM_SESSION_ROWS]; /* rows of one block; a forward writes that which is not `now`, and turns it when it succeeded */
+    int now;
     int64_t pos, context; /* copies that need no lock */
     bool has_logits;
     atomic_bool cancel;

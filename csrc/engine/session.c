@@ -18,7 +18,7 @@ fm_status fm_session_create(fm_engine *e, int64_t context, fm_session **out)
     const size_t vocab = (size_t)e->model->c.vocab_size;
     fm_status s = fm_alloc(sizeof(fm_session), &mem);
     if (s == FM_OK)
-        s = fm_alloc(2 * vocab * sizeof(float), &logits);
+        s = fm_alloc(FM_SESSION_ROWS * vocab * sizeof(float), &logits);
     if (s == FM_OK)
         s = fm_state_open(&e->model->c, e->be, ctx, e->kv_format, &state);
     if (s != FM_OK) {
@@ -30,8 +30,8 @@ fm_status fm_session_create(fm_engine *e, int64_t context, fm_session **out)
     fm_session *n = mem;
     n->engine = e;
     n->state = state;
-    n->both_logits = n->logits = logits;
-    n->next_logits = n->logits + vocab;
+    n->logits[0] = logits;
+    n->logits[1] = n->logits[0] + vocab;
     n->context = ctx;
     atomic_init(&n->cancel, false);
     n->next = e->sessions;
@@ -59,7 +59,7 @@ void fm_session_free(fm_session *s)
         fm_state_close(s->state);
         fm_engine_leave(e);
     }
-    fm_free(s->both_logits);
+    fm_free(s->logits[0]);
     fm_free(s);
     fm_engine_unref(e);
 }
@@ -97,7 +97,7 @@ static fm_status gather_spans(fm_engine *e, const fm_row *rows, int64_t n_rows, 
         fm_session *s = rows[r].session;
         e->span_sessions[n] = s;
         e->states[n] = s->state;
-        e->last_logits[n] = s->next_logits;
+        e->last_logits[n] = s->logits[!s->now];
         e->spans[n] = (fm_span){r, 1, s->engine == e ? fm_state_pos(s->state) : 0};
         n++;
     }
@@ -141,9 +141,7 @@ static fm_status forward_locked(fm_engine *e, const fm_row *rows, int64_t n_rows
     FM_TRY(fm_model_forward(e->model, &b));
     for (int i = 0; i < n_spans; i++) {
         fm_session *s = e->span_sessions[i];
-        float *const before = s->logits;
-        s->logits = s->next_logits;
-        s->next_logits = before;
+        s->now = !s->now;
         s->has_logits = true;
         s->pos = fm_state_pos(e->states[i]);
     }
@@ -191,7 +189,7 @@ fm_status fm_session_step(fm_session *s, int32_t id)
 
 /* ---- the rest --------------------------------------------------------------------------------------------- */
 
-const float *fm_session_logits(const fm_session *s) { return s->has_logits ? s->logits : NULL; }
+const float *fm_session_logits(const fm_session *s) { return s->has_logits ? s->logits[s->now] : NULL; }
 
 int64_t fm_session_pos(const fm_session *s) { return s->pos; }
 
