@@ -35,7 +35,7 @@ MACROS = [("FM_VERSION", f'"{VERSION}"')]
 if os.environ.get("FLASHMOE_WERROR") == "1":
     C_FLAGS.append("-Werror")
     CXX_FLAGS.append("-Werror")
-# The tests also run the sampler with bounds checks on (FLASHMOE_BOUNDSCHECK=1).
+# FLASHMOE_BOUNDSCHECK=1 builds the sampler with bounds checks, to run its tests on.
 BOUNDSCHECK = os.environ.get("FLASHMOE_BOUNDSCHECK") == "1"
 LINK_ARGS = ["-pthread"]
 INCLUDE_DIRS = ["csrc"]
@@ -113,7 +113,7 @@ extensions = [
         depends=[*CORE_SOURCES, *HEADERS, *sorted(glob("csrc/bind/*.h"))],
     ),
     *cythonize(
-        [Extension("flashmoe.sampling", ["flashmoe/sampling.pyx"], extra_compile_args=["-O2"])],
+        [Extension("flashmoe.sampling", ["flashmoe/sampling.pyx"], extra_compile_args=["-O3"])],
         build_dir="build/cython",
         force=BOUNDSCHECK,
         compiler_directives={

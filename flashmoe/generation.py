@@ -19,6 +19,8 @@ from flashmoe.config import nearest
 from flashmoe.errors import ArgumentError, Cancelled
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from flashmoe.sampling import Sampler
     from flashmoe.session import Session
     from flashmoe.tokenizer import Detokenizer
@@ -318,22 +320,25 @@ def generate_pieces(
     def new_text(ids: Iterable[int]) -> str:
         return "".join(detokenizer.feed(i) for i in ids) if detokenizer is not None else ""
 
+    def draw(row: NDArray[np.float32]) -> tuple[int, tuple[TokenLogprob, ...]]:
+        token = sampler.sample(row)
+        if config.logprobs is None:
+            return token, ()
+        chosen, top_ids, top = sampler.logprobs(row, token, config.logprobs)
+        rivals = tuple((int(i), float(p)) for i, p in zip(top_ids, top))
+        return token, (TokenLogprob(token, chosen, rivals),)
+
     try:
         session.prefill(ids, progress=progress)
         while True:
-            row = session.logits()
-            token = sampler.sample(row)
+            token, of_token = session.read_logits(draw)
             first = first or time.perf_counter()
             if token in eos_ids and not config.ignore_eos:
                 reason, stopped_by = "stop", token
                 break
             sampler.accept(token)
             n_new += 1
-            token_ids = [token]
-            if config.logprobs is not None:
-                chosen, top_ids, top = sampler.logprobs(row, token, config.logprobs)
-                rivals = tuple((int(i), float(p)) for i, p in zip(top_ids, top))
-                logprobs = [TokenLogprob(token, chosen, rivals)]
+            token_ids, logprobs = [token], list(of_token)
             text, hit = matcher.feed(new_text(token_ids))
             if hit is not None:
                 reason, stopped_by = "stop", hit

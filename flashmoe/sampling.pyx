@@ -8,6 +8,7 @@
 from libc.math cimport INFINITY, exp, isnan, log
 from libc.stdint cimport int32_t, uint8_t, uint64_t
 from libc.stdlib cimport calloc, free, malloc
+from libc.string cimport memcpy
 
 import numpy as np
 
@@ -62,23 +63,96 @@ cdef void sift_down(const float *v, int32_t *heap, int n, int i) noexcept nogil:
     heap[i] = top
 
 
-cdef void select_top(const float *v, int n, int k, int32_t *ids) noexcept nogil:
-    # ids[0..k) = the k best of v[0..n), best first; equal values by increasing id.  O(n log k).
+# A vocabulary has 10^5 ids and few that matter: whole blocks are passed over by their largest value,
+# found by loops of fixed length over integers, which compilers turn into vector code.
+cdef enum:
+    BLOCK = 64
+    KEY_INF = 0x7f800000  # of +inf; NaN lies above it, or, with the sign bit set, below KEY_LOW
+    KEY_LOW = -0x7f800001  # of -inf
+    BINS = 512  # of probability mass, so many PER_NAT below the best
+    PER_NAT = 8
+
+
+cdef inline int32_t key_of(float x) noexcept nogil:
+    # Orders as floats do, but -0 before 0.
+    cdef int32_t b
+    memcpy(&b, &x, sizeof(b))
+    return b ^ ((b >> 31) & 0x7fffffff)
+
+
+cdef inline int32_t top_of_block(const float *v, int32_t *low) noexcept nogil:
+    # The largest of BLOCK keys; *low becomes their smallest if that is smaller.
+    cdef int i
+    cdef int32_t k, top = KEY_LOW, least = low[0]
+    for i in range(BLOCK):
+        k = key_of(v[i])
+        top = k if k > top else top
+        least = k if k < least else least
+    low[0] = least
+    return top
+
+
+cdef int find_tops(const float *v, int n, int32_t *tops) noexcept nogil:
+    # tops[b] = the largest key of a block of v[0..n); returns the first index of NaN or +inf, or -1.
+    cdef int i = 0
+    cdef int32_t k, top, high = KEY_LOW, low = 0
+    while i + BLOCK <= n:
+        top = top_of_block(v + i, &low)
+        high = top if top > high else high
+        tops[i // BLOCK] = top
+        i += BLOCK
+    if i < n:
+        top = KEY_LOW
+        while i < n:
+            k = key_of(v[i])
+            top = k if k > top else top
+            low = k if k < low else low
+            i += 1
+        high = top if top > high else high
+        tops[n // BLOCK] = top
+    if high < KEY_INF and low >= KEY_LOW:
+        return -1
+    i = 0
+    while not isnan(v[i]) and v[i] != INFINITY:
+        i += 1
+    return i
+
+
+cdef void sort_best_first(const float *v, int32_t *heap, int n) noexcept nogil:
     cdef int i
     cdef int32_t t
+    for i in range(n - 1, 0, -1):
+        t = heap[0]
+        heap[0] = heap[i]
+        heap[i] = t
+        sift_down(v, heap, i, 0)
+
+
+cdef void make_heap(const float *v, int32_t *ids, int n) noexcept nogil:
+    cdef int i
+    for i in range(n // 2 - 1, -1, -1):
+        sift_down(v, ids, n, i)
+
+
+cdef void select_top(const float *v, const int32_t *tops, int n, int k, int32_t *ids) noexcept nogil:
+    # ids[0..k) = the k best of v[0..n), best first; equal values by increasing id.  tops[b] is no
+    # less than the keys of block b.
+    cdef int i, end
     for i in range(k):
         ids[i] = i
-    for i in range(k // 2 - 1, -1, -1):
-        sift_down(v, ids, k, i)
-    for i in range(k, n):
-        if better(v, i, ids[0]):
-            ids[0] = i
-            sift_down(v, ids, k, 0)
-    for i in range(k - 1, 0, -1):
-        t = ids[0]
-        ids[0] = ids[i]
-        ids[i] = t
-        sift_down(v, ids, i, 0)
+    make_heap(v, ids, k)
+    i = k
+    while i < n:
+        end = (i // BLOCK + 1) * BLOCK
+        end = end if end < n else n
+        if tops[i // BLOCK] > key_of(v[ids[0]]):
+            while i < end:
+                if better(v, i, ids[0]):
+                    ids[0] = i
+                    sift_down(v, ids, k, 0)
+                i += 1
+        i = end
+    sort_best_first(v, ids, k)
 
 
 cdef class Sampler:
@@ -113,7 +187,9 @@ cdef class Sampler:
     cdef int top_k
     cdef uint64_t state[4]
     cdef int n_seen, n_bias
-    cdef float *work        # [n_vocab_used] logits after bias and penalties
+    cdef const float *row   # [n_vocab_used] logits after bias and penalties: work, or the caller's
+    cdef float *work        # [n_vocab_used]
+    cdef int32_t *tops      # [n_vocab_used / BLOCK, rounded up] no key of row's block is larger
     cdef int32_t *ids       # [n_vocab_used] candidates
     cdef double *weights    # [n_vocab_used] unnormalised probabilities of the candidates
     cdef int32_t *seen      # [n_vocab_used] distinct ids of prompt and output, n_seen of them
@@ -138,6 +214,7 @@ cdef class Sampler:
         self.frequency = frequency_penalty
         cdef size_t n = <size_t>n_vocab_used
         self.work = <float *>malloc(n * sizeof(float))
+        self.tops = <int32_t *>malloc((n // BLOCK + 1) * sizeof(int32_t))
         self.ids = <int32_t *>malloc(n * sizeof(int32_t))
         self.weights = <double *>malloc(n * sizeof(double))
         self.seen = <int32_t *>malloc(n * sizeof(int32_t))
@@ -146,9 +223,9 @@ cdef class Sampler:
         self.n_bias = <int>len(logit_bias)
         self.bias_ids = <int32_t *>malloc((self.n_bias + 1) * sizeof(int32_t))
         self.bias = <float *>malloc((self.n_bias + 1) * sizeof(float))
-        if (self.work == NULL or self.ids == NULL or self.weights == NULL or self.seen == NULL
-                or self.is_seen == NULL or self.counts == NULL or self.bias_ids == NULL
-                or self.bias == NULL):
+        if (self.work == NULL or self.tops == NULL or self.ids == NULL or self.weights == NULL
+                or self.seen == NULL or self.is_seen == NULL or self.counts == NULL
+                or self.bias_ids == NULL or self.bias == NULL):
             raise MemoryError()
         cdef int i = 0
         for key, value in sorted(logit_bias.items()):
@@ -160,6 +237,7 @@ cdef class Sampler:
 
     def __dealloc__(self):
         free(self.work)
+        free(self.tops)
         free(self.ids)
         free(self.weights)
         free(self.seen)
@@ -208,8 +286,8 @@ cdef class Sampler:
         self._load(logits)
         if self.temperature == 0.0:
             with nogil:
-                select_top(self.work, self.n_vocab_used, 1, self.ids)
-            if self.work[self.ids[0]] == -INFINITY:
+                select_top(self.row, self.tops, self.n_vocab_used, 1, self.ids)
+            if self.row[self.ids[0]] == -INFINITY:
                 raise StateError("no token is allowed: every logit is -inf")
             return self.ids[0]
         n = self._candidates()
@@ -238,7 +316,7 @@ cdef class Sampler:
         cdef int i, n = 1
         self._load(logits)
         if self.temperature == 0.0:
-            select_top(self.work, self.n_vocab_used, 1, self.ids)
+            select_top(self.row, self.tops, self.n_vocab_used, 1, self.ids)
             self.weights[0] = 1.0
         else:
             n = self._candidates()
@@ -263,12 +341,12 @@ cdef class Sampler:
         logprobs : ndarray of shape (n,), float64
         """
         self._check_id(id)
-        self._check_row(logits)
+        self._load_row(logits)
         cdef int i, k = min(max(n, 0), self.n_vocab_used)
         cdef double biggest, total = 0, log_total
-        cdef const float *v = &logits[0]
+        cdef const float *v = self.row
         with nogil:
-            select_top(v, self.n_vocab_used, k if k > 0 else 1, self.ids)
+            select_top(v, self.tops, self.n_vocab_used, k if k > 0 else 1, self.ids)
             biggest = v[self.ids[0]]
             for i in range(self.n_vocab_used):
                 total += exp(v[i] - biggest)
@@ -291,83 +369,109 @@ cdef class Sampler:
             self.seen[self.n_seen] = id
             self.n_seen += 1
 
-    cdef int _check_row(self, const float[::1] logits) except -1:
-        cdef int i, bad = -1
+    cdef int _load_row(self, const float[::1] logits) except -1:
+        # row and tops, unchanged.
+        cdef int bad
         if logits.shape[0] != self.n_vocab:
             raise ArgumentError(f"a row of {logits.shape[0]} logits, the vocabulary has {self.n_vocab}")
+        self.row = &logits[0]
         with nogil:
-            for i in range(self.n_vocab_used):
-                if isnan(logits[i]) or logits[i] == INFINITY:
-                    bad = i
-                    break
+            bad = find_tops(self.row, self.n_vocab_used, self.tops)
         if bad >= 0:
             raise StateError(f"the logit of token {bad} is {logits[bad]}; nothing can be sampled")
         return 0
+
+    cdef void _change(self, int32_t t, float x) noexcept nogil:
+        self.work[t] = x
+        if key_of(x) > self.tops[t // BLOCK]:
+            self.tops[t // BLOCK] = key_of(x)
 
     cdef int _load(self, const float[::1] logits) except -1:
         cdef int i
         cdef int32_t t
         cdef float x
-        self._check_row(logits)
+        cdef bint punished = self.repetition != 1.0 or self.presence != 0.0 or self.frequency != 0.0
+        self._load_row(logits)
+        if self.n_bias == 0 and not (punished and self.n_seen > 0):
+            return 0
         with nogil:
-            for i in range(self.n_vocab_used):
-                self.work[i] = logits[i]
+            memcpy(self.work, self.row, <size_t>self.n_vocab_used * sizeof(float))
+            self.row = self.work
             for i in range(self.n_bias):
-                self.work[self.bias_ids[i]] += self.bias[i]
-            for i in range(self.n_seen):
+                t = self.bias_ids[i]
+                self._change(t, self.work[t] + self.bias[i])
+            for i in range(self.n_seen if punished else 0):
                 t = self.seen[i]
                 x = self.work[t]
                 x = <float>(x / self.repetition if x > 0 else x * self.repetition)
                 if self.counts[t] > 0:
                     x -= <float>(self.presence + self.frequency * self.counts[t])
-                self.work[t] = x
+                self._change(t, x)
         return 0
 
     cdef int _candidates(self) except -1:
         # ids[0..n) and weights[0..n): what may be drawn, weights relative to the best id's 1.
         cdef int i, m, n = self.n_vocab_used
         cdef int limit = self.top_k if 0 < self.top_k < n else n
-        cdef double biggest = -INFINITY, total = 0, cum, floor_w = self.min_p
-        cdef bint done = False
+        cdef double biggest, total = 0, cum = 0
+        cdef bint any_order = limit == n and self.top_p >= 1.0
         with nogil:
-            for i in range(n):
-                if self.work[i] > biggest:
-                    biggest = self.work[i]
+            select_top(self.row, self.tops, n, 1, self.ids)
+        biggest = self.row[self.ids[0]]
         if biggest == -INFINITY:
             raise StateError("no token is allowed: every logit is -inf")
         with nogil:
-            if limit == n and self.top_p >= 1.0:  # nothing needs an order
+            if any_order:
                 m = 0
                 for i in range(n):
-                    cum = exp((self.work[i] - biggest) / self.temperature)
-                    if cum >= floor_w and cum > 0.0:
+                    cum = exp((self.row[i] - biggest) / self.temperature)
+                    if cum >= self.min_p and cum > 0.0:
                         self.ids[m] = i
                         self.weights[m] = cum
                         m += 1
                 return m
             if limit == n:
-                for i in range(n):
-                    total += exp((self.work[i] - biggest) / self.temperature)
-            m = limit if limit < n else (64 if n > 64 else n)
-            while not done:  # usually the best 64 hold top_p of the mass; widen when they do not
-                select_top(self.work, n, m, self.ids)
+                m = self._nucleus(biggest, &total)
+            else:
+                m = limit
+                select_top(self.row, self.tops, n, m, self.ids)
+            for i in range(m):
+                self.weights[i] = exp((self.row[self.ids[i]] - biggest) / self.temperature)
+            if limit < n:
                 for i in range(m):
-                    self.weights[i] = exp((self.work[self.ids[i]] - biggest) / self.temperature)
-                if limit < n:
-                    total = 0
-                    for i in range(m):
-                        total += self.weights[i]
-                cum = 0
-                for i in range(m):
-                    cum += self.weights[i]
-                    if cum >= self.top_p * total:
-                        m = i + 1
-                        done = True
-                        break
-                if m == limit:
-                    done = True
-                elif not done:
-                    m = 8 * m if 8 * m < limit else limit
-            while m > 1 and (self.weights[m - 1] < floor_w or self.weights[m - 1] == 0.0):
+                    total += self.weights[i]
+            for i in range(m):
+                cum += self.weights[i]
+                if cum >= self.top_p * total:
+                    m = i + 1
+                    break
+            while m > 1 and (self.weights[m - 1] < self.min_p or self.weights[m - 1] == 0.0):
                 m -= 1
         return m
+
+    cdef int _nucleus(self, double biggest, double *total) noexcept nogil:
+        # ids[0..m): the best, best first, with at least top_p of the mass, whose sum is *total.
+        cdef int i, bin, m = 0, end = 0
+        cdef double below, weight, reached = 0, mass[BINS]
+        total[0] = 0
+        for i in range(BINS):
+            mass[i] = 0
+        for i in range(self.n_vocab_used):
+            below = (biggest - self.row[i]) / self.temperature
+            weight = exp(-below)
+            mass[self._bin(below)] += weight
+            total[0] += weight
+        # sorted and summed again it is rounded otherwise, by far less than this margin
+        while end < BINS and reached < (self.top_p + 1e-9) * total[0]:
+            reached += mass[end]
+            end += 1
+        for i in range(self.n_vocab_used):
+            if self._bin((biggest - self.row[i]) / self.temperature) < end:
+                self.ids[m] = i
+                m += 1
+        make_heap(self.row, self.ids, m)
+        sort_best_first(self.row, self.ids, m)
+        return m
+
+    cdef inline int _bin(self, double below) noexcept nogil:
+        return <int>(below * PER_NAT) if below * PER_NAT < BINS else BINS - 1

@@ -10,7 +10,7 @@ import struct
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from flashmoe.engine import Engine
 
 __all__ = ["Session", "model_fingerprint"]
+
+T = TypeVar("T")
 
 _MAGIC = b"FMSESS01"
 
@@ -116,12 +118,31 @@ class Session:
         After `rewind` or `load` the last token is computed again to have them.
         """
         with self._owner.exclusive():
-            self._check()
-            if not self._tokens:
-                raise StateError("a session without tokens has no logits; prefill first")
-            if not self._has_logits:
-                self._back_to(self.pos - 1)
+            self._make_logits()
             return np.asarray(self.core.logits())
+
+    def read_logits(self, fn: Callable[[NDArray[np.float32]], T]) -> T:
+        """Return ``fn(row)``, the row being what `logits` returns, but read-only and not copied.
+
+        The row is the session's own memory: the next call may change it.
+
+        Raises
+        ------
+        BufferError
+            `fn` kept the row, or an array over it.
+
+        Examples
+        --------
+        >>> import numpy as np
+        >>> from flashmoe import Engine
+        >>> with Engine(memory="2GiB") as engine, engine.session() as session:
+        ...     session.prefill([1, 2, 3])
+        ...     int(session.read_logits(np.argmax)) == int(session.logits().argmax())
+        True
+        """
+        with self._owner.exclusive():
+            self._make_logits()
+            return cast("T", self.core.read_logits(fn))
 
     def rewind(self, n: int) -> None:
         """Go back to the state after the first `n` tokens.
@@ -219,6 +240,13 @@ class Session:
     def __repr__(self) -> str:
         state = "closed" if self._closed else f"{self.pos} of {self.context} tokens"
         return f"<flashmoe.Session: {state}>"
+
+    def _make_logits(self) -> None:
+        self._check()
+        if not self._tokens:
+            raise StateError("a session without tokens has no logits; prefill first")
+        if not self._has_logits:
+            self._back_to(self.pos - 1)
 
     def _check(self) -> None:
         if self._closed:

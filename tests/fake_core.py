@@ -60,6 +60,11 @@ class FakeSession:
     def logits(self):
         return self.last.copy()
 
+    def read_logits(self, fn):
+        row = self.last.view()
+        row.flags.writeable = False
+        return fn(row)
+
     def rewind(self, want):
         got = self.snapshot if self.snapshot <= want else 0
         self.tokens = self.tokens[:got]

@@ -89,6 +89,55 @@ def test_penalties_and_bias_equal_oracle():
     assert all(abs(p - want[i]) < 1e-5 for i, p in zip(ids.tolist(), probs))
 
 
+@pytest.mark.parametrize("n", [48, 64, 200, 1023])
+def test_penalties_and_bias_move_ids_within_and_across_blocks(n):
+    """The best are pushed down and others up, so that what a block of ids had at most is no longer true."""
+    rng = np.random.default_rng(n)
+    logits = rng.standard_normal(n).astype(np.float32)
+    best = np.argsort(-logits)
+    options = {
+        "temperature": 0.9, "top_k": 9, "top_p": 1.0, "presence_penalty": 2.0,
+        "frequency_penalty": 1.0, "repetition_penalty": 2.0,
+        "logit_bias": {int(best[-1]): 30.0, int(best[-2]): 4.0, int(best[1]): -9.0},
+    }  # fmt: skip
+    prompt, output = best[:20:2].tolist(), best[2:12].tolist() * 2
+    for temperature in (0.9, 0.0):
+        for top_k in (9, 0):
+            now = {**options, "temperature": temperature, "top_k": top_k}
+            s = sampler(n, **now)
+            s.observe_prompt(prompt)
+            for i in output:
+                s.accept(i)
+            ids, probs = s.distribution(logits)
+            want = oracle(logits, n, now, prompt, output)
+            assert set(ids.tolist()) == set(want)
+            assert all(abs(p - want[i]) < 1e-5 for i, p in zip(ids.tolist(), probs))
+            again, _ = s.distribution(logits)  # the row it was given is as it was
+            assert again.tolist() == ids.tolist()
+
+
+def test_zeros_of_either_sign_are_equal():
+    row = np.full(300, -1, dtype=np.float32)
+    row[[70, 130, 200]] = [-0.0, 0.0, -0.0]
+    assert sampler(300, temperature=0).sample(row) == 70
+    ids, _ = sampler(300, temperature=1, top_k=3, top_p=1).distribution(row)
+    assert ids.tolist() == [70, 130, 200]
+
+
+def test_flat_nucleus_of_many_ids():
+    rng = np.random.default_rng(3)
+    logits = (0.01 * rng.standard_normal(5000)).astype(np.float32)
+    logits[17] = -200.0  # beyond the last bin of mass
+    options = {"temperature": 1.0, "top_k": 0}
+    for top_p in (1e-6, 0.5, 0.9999, 1 - 1e-12):
+        ids, probs = sampler(5000, **options, top_p=top_p).distribution(logits)
+        want = oracle(logits, 5000, {**options, "top_p": top_p})
+        assert abs(len(ids) - len(want)) <= 1  # sums of 5000 are rounded in two orders
+        assert ids.tolist() == np.argsort(-logits, kind="stable")[: len(ids)].tolist()
+        assert all(abs(p - want[i]) < 1e-12 + 1 / 5000**2 for i, p in zip(ids.tolist(), probs) if i in want)
+        assert set(want) ^ set(ids.tolist()) <= {ids[-1], list(want)[-1]}
+
+
 @pytest.mark.parametrize("options", OPTIONS[:8])
 def test_draws_follow_the_distribution(options):
     """Chi-square of 20,000 draws; the seed is fixed, so this cannot fail by chance."""
@@ -194,15 +243,20 @@ def test_logprobs_equal_log_softmax():
     assert s.logprobs(logits, 3, 0)[1].size == 0
 
 
-@pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_broken_logits_are_refused(bad):
-    logits = np.zeros(8, dtype=np.float32)
-    logits[5] = bad
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf])
+@pytest.mark.parametrize(("n", "at"), [(8, 5), (200, 0), (200, 63), (200, 64), (200, 199)])
+def test_broken_logits_are_refused(n, at, bad):
+    logits = np.full(n, -np.inf, dtype=np.float32)
+    logits[at] = np.copysign(bad, -1) if np.signbit(bad) else bad
     for options in OPTIONS:
-        with pytest.raises(StateError, match="token 5"):
-            sampler(8, **options).sample(logits)
-    with pytest.raises(StateError, match="token 5"):
-        sampler(8).logprobs(logits, 0, 1)
+        with pytest.raises(StateError, match=f"token {at} is"):
+            sampler(n, **options).sample(logits)
+    with pytest.raises(StateError, match=f"token {at} is"):
+        sampler(n).logprobs(logits, 0, 1)
+    assert sampler(n + 1, n).n_vocab_used == n
+    padding = np.zeros(n + 1, dtype=np.float32)
+    padding[n] = bad
+    assert sampler(n + 1, n, temperature=0).sample(padding) == 0
 
 
 def test_nothing_allowed_is_refused():

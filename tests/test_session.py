@@ -284,6 +284,31 @@ def test_rewind_and_replay(name, variant):
         np.testing.assert_array_equal(session.logits(), end)
 
 
+def test_logits_are_read_in_place():
+    """The row that `logits` copies, read-only; who keeps it is told."""
+    with core_engine(MODELS[0]) as engine:
+        session = engine.session()
+        with pytest.raises(StateError, match="no logits"):
+            session.read_logits(len)
+        session.prefill(np.arange(1, 6, dtype=np.int32))
+        want, kept = session.logits(), []
+
+        def look(row):
+            assert not row.flags.writeable
+            assert not row.flags.owndata
+            return np.array(row)
+
+        np.testing.assert_array_equal(session.read_logits(look), want)
+        for keep in (kept.append, lambda row: kept.append(row[2:4]), lambda row: kept.append(memoryview(row)), np.asarray):
+            with pytest.raises(BufferError, match="was kept"):
+                session.read_logits(keep)
+            kept.clear()
+        with pytest.raises(ZeroDivisionError):
+            session.read_logits(lambda row: 1 // 0)
+        session.step(3)
+        assert int(session.read_logits(np.argmax)) == session.logits().argmax()
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_save_and_load(name, variant):
     """Into the same engine and into one with other slots, context and chunk: bit for bit."""

@@ -251,16 +251,39 @@ int64_t prefill(const Session &s, const Ids &ids)
     return done;
 }
 
+const float *has_logits(const fm_session *s)
+{
+    const float *l = fm_session_logits(s);
+    if (!l)
+        fail(FM_ERR_STATE, "no logits: nothing was computed since the session began, was rewound or loaded");
+    return l;
+}
+
 Floats logits(const Session &s)
 {
     const auto use = s.use();
-    const float *l = fm_session_logits(use.get());
-    if (!l)
-        fail(FM_ERR_STATE, "no logits: nothing was computed since the session began, was rewound or loaded");
+    const float *l = has_logits(use.get());
     const py::ssize_t n = (py::ssize_t)s.engine->info.vocab_size;
     Floats a(n);
     std::copy(l, l + n, a.mutable_data());
     return a;
+}
+
+// fn(row) without a copy of the row, which is a MB for a large vocabulary. The row is the session's memory: who keeps it
+// is told, while it is still good.
+py::object read_logits(const Session &s, const py::function &fn)
+{
+    const auto use = s.use();
+    const py::ssize_t n = (py::ssize_t)s.engine->info.vocab_size;
+    const py::capsule owner(&s, [](void *) {}); // every array over the row holds it
+    Floats row(n, has_logits(use.get()), owner);
+    row.attr("setflags")(py::arg("write") = false);
+    py::object got = fn(row);
+    if (row.ref_count() > 1 || owner.ref_count() > 2) {
+        PyErr_SetString(PyExc_BufferError, "the row of logits was kept; copy what is needed longer");
+        throw py::error_already_set();
+    }
+    return got;
 }
 
 py::bytes save(const Session &s)
@@ -323,6 +346,7 @@ void bind_engine(py::module_ &m)
              },
              py::arg("id"))
         .def("logits", &logits)
+        .def("read_logits", &read_logits, py::arg("fn"))
         .def("rewind",
              [](const Session &s, int64_t want) {
                  int64_t got = 0;

@@ -107,14 +107,14 @@ class Runner:
             done = 0
             while done < len(prompt):
                 done += session.prefill(prompt[done:])
-            token = int(session.logits().argmax())
+            token = int(session.read_logits(np.argmax))
             first = time.perf_counter()
             prefill = self.core.stats()
             self.core.reset_stats()
             marks = [time.perf_counter()]
             for i in range(n_gen - 1):
                 session.step(int(feed[i]) if feed is not None else token)
-                token = int(session.logits().argmax())
+                token = int(session.read_logits(np.argmax))
                 marks.append(time.perf_counter())
             decode = self.core.stats()
         finally:

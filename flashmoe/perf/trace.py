@@ -142,7 +142,7 @@ def record(
             tokens.append(piece)
             forwards.append(len(piece))
         for i in range(n_gen):
-            token = int(session.logits().argmax())
+            token = int(session.read_logits(np.argmax))
             if token in stop_ids and feed is None:
                 break
             one = np.array([feed[i] if feed is not None else token], np.int32)
